@@ -1,0 +1,1 @@
+"""stillhouse: distil, transfer and evaluate reinforcement-learning agents."""

@@ -1,0 +1,1 @@
+"""Environments: any Gymnasium id, MinAtar, physics and appearance variants, one vector wrapper."""

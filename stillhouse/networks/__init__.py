@@ -1,0 +1,1 @@
+"""Networks: an adapter per observation shape, a shared torso, a head per environment."""

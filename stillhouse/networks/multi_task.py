@@ -1,0 +1,94 @@
+"""The one network of this project: adapters, a shared torso, a head per environment.
+
+A teacher is the case of one environment. Equal observation shapes share an adapter.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from stillhouse.config import Config
+from stillhouse.networks.adapters import make_adapter
+from stillhouse.types import EnvironmentSpec, OutputKind
+
+
+class NetworkSize(Config):
+    """Widths of a network."""
+
+    conv_channels: int = Field(default=16, ge=1, le=1024, description="maps of the first convolution")
+    features: int = Field(default=128, ge=1, le=8192, description="width of every adapter's output")
+    torso: tuple[int, ...] = Field(default=(), max_length=16, description="widths of the shared dense layers")
+    layer_norm: bool = Field(default=False, description="normalise after every layer but the heads")
+
+
+class NetworkSpec(Config):
+    """Everything needed to build a network: structure, not weights."""
+
+    size: NetworkSize
+    environments: dict[str, EnvironmentSpec]
+    output: OutputKind
+
+
+class Torso(nn.Module):
+    """Shared dense layers, [B, features] -> [B, last width]."""
+
+    def __init__(self, inputs: int, widths: tuple[int, ...], layer_norm: bool) -> None:
+        super().__init__()
+        sizes = (inputs, *widths)
+        self.dense = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.norm = nn.ModuleList(nn.LayerNorm(b) if layer_norm else nn.Identity() for b in widths)
+        self.outputs = sizes[-1]
+
+    def forward(self, features: Tensor) -> Tensor:
+        for dense, norm in zip(self.dense, self.norm, strict=True):
+            features = functional.relu(norm(dense(features)))
+        return features
+
+
+class MultiTaskNetwork(nn.Module):
+    """Raw observations of a named environment -> one output per action."""
+
+    def __init__(self, spec: NetworkSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        size = spec.size
+        self.adapters = nn.ModuleDict()
+        for environment in spec.environments.values():
+            observation = environment.observation
+            if observation.key not in self.adapters:
+                self.adapters[observation.key] = make_adapter(
+                    observation, size.conv_channels, size.features, size.layer_norm
+                )
+        self.torso = Torso(size.features, size.torso, size.layer_norm)
+        self.heads = nn.ModuleDict(
+            {
+                name: nn.Linear(self.torso.outputs, environment.actions)
+                for name, environment in spec.environments.items()
+            }
+        )
+
+    def features(self, observations: Tensor, environment: str) -> Tensor:
+        """The torso's output, [B, last width], for raw observations [B, ...]."""
+        adapter = self.adapters[self.spec.environments[environment].observation.key]
+        features: Tensor = self.torso(adapter(observations))
+        return features
+
+    def forward(self, observations: Tensor, environment: str) -> Tensor:
+        """Q-values or logits (``spec.output``), float32 [B, A], for raw observations [B, ...]."""
+        outputs: Tensor = self.heads[environment](self.features(observations, environment))
+        return outputs
+
+
+def build_network(spec: NetworkSpec, seed: int) -> MultiTaskNetwork:
+    """A network with initial weights that depend on ``seed`` alone; torch's global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MultiTaskNetwork(spec)
+
+
+def parameter_count(network: nn.Module) -> int:
+    """Number of trainable numbers."""
+    return sum(parameter.numel() for parameter in network.parameters())

@@ -1,0 +1,112 @@
+"""What the layers hand to each other: observation and action descriptions, policies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+from stillhouse.config import Config
+from stillhouse.errors import StillhouseError
+
+OutputKind = Literal["q_values", "logits"]
+
+Policy = Callable[[np.ndarray], np.ndarray]
+"""Observations [B, ...] in the environment's own type to one output per action, float32 [B, A]."""
+
+
+class ObservationSpec(Config):
+    """One observation, as networks and datasets see it.
+
+    ``vector``: float32 [n]. ``discrete``: an integer in 0..n-1, shown to the network as one-hot. ``planes``: bool
+    [H, W, C]. ``image``: uint8 [H, W, C]. Planes and images whose channels come first keep their order in memory;
+    ``channels_first`` says so.
+    """
+
+    kind: Literal["vector", "discrete", "planes", "image"]
+    shape: tuple[int, ...]
+    channels_first: bool = False
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The type in which observations are kept."""
+        return np.dtype(
+            {"vector": "float32", "discrete": "int64", "planes": "bool", "image": "uint8"}[self.kind]
+        )
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of one stored observation: () for ``discrete``."""
+        return () if self.kind == "discrete" else self.shape
+
+    @property
+    def key(self) -> str:
+        """A name for everything of this shape, for example ``planes_10x10x4``: one adapter each."""
+        order = "_first" if self.channels_first else ""
+        return f"{self.kind}_{'x'.join(str(size) for size in self.shape)}{order}"
+
+
+class EnvironmentSpec(Config):
+    """What a network must know of an environment."""
+
+    observation: ObservationSpec
+    actions: int
+
+
+def environment_spec(
+    observation_space: gymnasium.Space[Any], action_space: gymnasium.Space[Any], where: str
+) -> EnvironmentSpec:
+    """Describe an environment's spaces.
+
+    Raises:
+        StillhouseError: a space that DQN and PQN cannot handle, naming it and what is supported.
+    """
+    if not isinstance(action_space, spaces.Discrete):
+        raise StillhouseError(
+            f"{where}: action space {action_space} is not supported: DQN and PQN choose among a finite set of actions, "
+            "so the action space must be Discrete; discretise the actions in a wrapper of your own"
+        )
+    if action_space.start != 0:
+        raise StillhouseError(
+            f"{where}: action space {action_space} must start at 0; shift it in a wrapper of your own"
+        )
+    return EnvironmentSpec(
+        observation=_observation_spec(observation_space, where), actions=int(action_space.n)
+    )
+
+
+def _observation_spec(space: gymnasium.Space[Any], where: str) -> ObservationSpec:
+    if isinstance(space, spaces.Discrete) and space.start == 0:
+        return ObservationSpec(kind="discrete", shape=(int(space.n),))
+    if isinstance(space, spaces.Box):
+        if len(space.shape) == 1:
+            return ObservationSpec(kind="vector", shape=space.shape)
+        if len(space.shape) == 3 and space.dtype in (np.bool_, np.uint8):
+            kind: Literal["planes", "image"] = "planes" if space.dtype == np.bool_ else "image"
+            return ObservationSpec(
+                kind=kind, shape=space.shape, channels_first=space.shape[0] < space.shape[2]
+            )
+    raise StillhouseError(
+        f"{where}: observation space {space} is not supported; supported are Box with one axis (vectors), Box with "
+        "three axes of bool or uint8 (planes, images) and Discrete starting at 0; Dict and Tuple observations can be "
+        "flattened with gymnasium.wrappers.FlattenObservation"
+    )
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a training loop yields as it goes on; between two of them its state may be saved.
+
+    Attributes:
+        done: env steps or updates so far.
+        total: of how many.
+        metrics: latest values by name; names of one glossary (``docs/glossary.md``).
+    """
+
+    done: int
+    total: int
+    metrics: dict[str, float]
