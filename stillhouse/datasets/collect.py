@@ -1,0 +1,206 @@
+"""Collecting a dataset: the teacher plays epsilon-greedily and every transition is kept with its full output vector."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import Field
+
+from stillhouse import seeding
+from stillhouse.config import Config
+from stillhouse.datasets.schema import SCHEMA_FILE, DatasetSchema, row_bytes
+from stillhouse.datasets.writer import ShardWriter
+from stillhouse.envs.make import EnvironmentConfig
+from stillhouse.envs.vector import VectorEnvironment
+from stillhouse.errors import StillhouseError
+from stillhouse.files import replace_folder, write_json
+from stillhouse.types import OutputKind, Policy
+
+NO_MINIMUM = -1e9
+
+
+class CollectConfig(Config):
+    """How much the teacher plays, and how good it must be."""
+
+    transitions: int = Field(
+        default=100_000,
+        ge=1,
+        le=1_000_000_000,
+        description="env steps to keep; the last step of all copies is kept whole, so up to num_envs - 1 more",
+    )
+    epsilon: float = Field(default=0.05, ge=0, le=1, description="share of random actions in the teacher's play")
+    num_envs: int = Field(default=32, ge=1, le=4096, description="copies of the environment")
+    minimum_return: float = Field(
+        default=NO_MINIMUM, description="a teacher whose mean episode return is below this is weak, and collecting stops"
+    )
+    allow_weak_teacher: bool = Field(default=False, description="collect from a weak teacher all the same")
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Who plays.
+
+    Attributes:
+        policy: observations ``[B, ...]`` to outputs float32 ``[B, A]``.
+        output: what the outputs are.
+        digest: SHA-256 of the checkpoint's manifest.
+        parameters: number of weights.
+        mean_return: from the teacher's own evaluation; None: judged by the play collected here.
+    """
+
+    policy: Policy
+    output: OutputKind
+    digest: str
+    parameters: int
+    mean_return: float | None = None
+
+
+@dataclass(frozen=True)
+class CollectProgress:
+    """Where collection stands; the first comes before the first env step and announces the size.
+
+    Attributes:
+        transitions: env steps kept so far.
+        total: env steps wanted.
+        size_bytes: what the transitions will take on disk.
+        episodes: episodes that ended by themselves so far.
+        mean_return: their mean return, None before the first.
+    """
+
+    transitions: int
+    total: int
+    size_bytes: int
+    episodes: int
+    mean_return: float | None
+
+
+def collect(
+    teacher: Teacher, environment: EnvironmentConfig, config: CollectConfig, seed: int, path: Path
+) -> Iterator[CollectProgress]:
+    """Let the teacher play and write what it saw and thought to ``path``.
+
+    Args:
+        teacher: who plays; actions are the argmax of its outputs, random with probability epsilon.
+        environment: where.
+        config: how much.
+        seed: the stage's seed.
+        path: the dataset's folder, replaced when all is well and untouched otherwise.
+
+    Yields:
+        Progress, about a hundred times; the last when the dataset is in place.
+
+    Raises:
+        StillhouseError: a weak teacher, outputs that are not finite, or too little space on the disk.
+    """
+    if teacher.mean_return is not None:
+        _check_return(teacher.mean_return, "its evaluation", config)
+    envs = VectorEnvironment(environment, config.num_envs, seed, "collect")
+    spec = envs.spec
+    size = row_bytes(spec) * config.transitions
+    yield CollectProgress(0, config.transitions, size, 0, None)
+    random = seeding.generator(seed, "collect", "epsilon")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(path.parent).free
+    if size > free:
+        raise StillhouseError(
+            f"{path}: the dataset takes {size / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are free; free space or "
+            f"lower transitions ({config.transitions})"
+        )
+
+    with replace_folder(path) as folder:
+        writer = ShardWriter(folder, spec, config.transitions + config.num_envs - 1)
+        observations = envs.reset()
+        episode = np.arange(config.num_envs)  # [B], the number of each copy's open episode
+        next_episode = config.num_envs
+        done = ended_episodes = cut_episodes = 0
+        report_every, reported = max(1, config.transitions // 100), 0
+        return_sum = gap_sum = 0.0
+        mean_return: float | None = None
+        while done < config.transitions:
+            outputs = teacher.policy(observations)  # [B, A]
+            if not np.isfinite(outputs).all():
+                raise StillhouseError(
+                    f"the teacher's outputs for {environment.id} are not finite after {done} env steps; its training "
+                    "diverged: train it again with a lower learning rate"
+                )
+            actions = outputs.argmax(1)
+            explore = random.random(config.num_envs) < config.epsilon
+            actions = np.where(explore, random.integers(spec.actions, size=config.num_envs), actions)
+            step = envs.step(actions)
+            valid = step.valid
+            done += int(valid.sum())
+            truncated = step.truncated
+            if done >= config.transitions:
+                # Episodes still open are cut: a truncation, with the observation the next step would have started from.
+                open_rows = np.flatnonzero(valid & ~step.terminated & ~step.truncated)
+                truncated = truncated.copy()
+                truncated[open_rows] = True
+                cut_episodes = len(open_rows)
+            writer.append(
+                observations[valid],
+                outputs=outputs[valid],
+                actions=actions[valid],
+                rewards=step.rewards[valid],
+                terminated=step.terminated[valid],
+                truncated=truncated[valid],
+                episodes=episode[valid],
+            )
+            writer.append_final(episode[step.ended], step.final_observations)
+            if cut_episodes:
+                writer.append_final(episode[open_rows], step.observations[open_rows])
+            gap_sum += _gap_sum(outputs[valid])
+            return_sum += float(step.episode_returns.sum())
+            ended_episodes += len(step.ended)
+            episode[step.ended] = next_episode + np.arange(len(step.ended))
+            next_episode += len(step.ended)
+            observations = step.observations
+            if ended_episodes:
+                mean_return = return_sum / ended_episodes
+            if reported + report_every <= done < config.transitions:
+                reported = done
+                yield CollectProgress(done, config.transitions, size, ended_episodes, mean_return)
+        envs.close()
+        if teacher.mean_return is None:
+            _check_return(mean_return, f"{ended_episodes} collected episodes", config)
+        writer.close()
+        schema = DatasetSchema(
+            environment_id=environment.id,
+            environment=spec,
+            output=teacher.output,
+            teacher=teacher.digest,
+            teacher_parameters=teacher.parameters,
+            epsilon=config.epsilon,
+            shard_rows=writer.shard_rows,
+            episodes=ended_episodes + cut_episodes,
+            mean_return=mean_return,
+            mean_action_gap=gap_sum / done,
+        )
+        write_json(folder / SCHEMA_FILE, schema.model_dump(mode="json"))
+    yield CollectProgress(done, done, size, ended_episodes, mean_return)
+
+
+def _check_return(mean_return: float | None, source: str, config: CollectConfig) -> None:
+    if config.allow_weak_teacher or config.minimum_return == NO_MINIMUM:
+        return
+    if mean_return is None:
+        raise StillhouseError(
+            f"no episode ended, so minimum_return {config.minimum_return:.4g} cannot be checked; raise transitions "
+            f"({config.transitions}), or set allow_weak_teacher"
+        )
+    if mean_return < config.minimum_return:
+        raise StillhouseError(
+            f"weak teacher: a mean return of {mean_return:.4g} over {source}, below minimum_return "
+            f"{config.minimum_return:.4g}; train it longer (its checkpoint is kept), lower minimum_return, or set "
+            "allow_weak_teacher"
+        )
+
+
+def _gap_sum(outputs: np.ndarray) -> float:
+    if outputs.shape[1] < 2:
+        return 0.0
+    best = np.partition(outputs, -2, axis=1)[:, -2:]
+    return float((best[:, 1] - best[:, 0]).sum(dtype=np.float64))

@@ -1,0 +1,1 @@
+"""Distilling one or many teachers into one student."""

@@ -1,0 +1,1 @@
+"""Losses as pure, batched functions of tensors."""
