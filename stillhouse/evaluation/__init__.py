@@ -1,0 +1,1 @@
+"""Evaluation: rollouts on seeds of their own, honest statistics, and recorded play."""
