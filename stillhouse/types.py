@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import gymnasium
 import numpy as np
@@ -12,6 +12,10 @@ from gymnasium import spaces
 
 from stillhouse.config import Config
 from stillhouse.errors import StillhouseError
+
+if TYPE_CHECKING:
+    from stillhouse.networks.multi_task import MultiTaskNetwork
+    from stillhouse.networks.parameters import FlatParameters
 
 OutputKind = Literal["q_values", "logits"]
 
@@ -110,3 +114,29 @@ class Report:
     done: int
     total: int
     metrics: dict[str, float]
+
+
+class Learner(Protocol):
+    """An agent that learns by acting: what training, transfer and the pipeline need of it."""
+
+    network: MultiTaskNetwork
+    environment: str
+    parameters: FlatParameters
+    env_steps: int
+    episodes: int
+
+    def train(self) -> Iterator[Report]:
+        """Act and learn until the budget is spent."""
+        ...
+
+    def q_values(self, observations: np.ndarray) -> np.ndarray:
+        """float32 [B, A] for raw observations [B, ...]: a :data:`Policy`."""
+        ...
+
+    def get_state(self) -> dict[str, Any]:
+        """The whole training state, between two reports."""
+        ...
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continue from ``get_state``."""
+        ...

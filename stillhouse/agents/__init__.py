@@ -1,1 +1,60 @@
-"""Agents: one file per algorithm."""
+"""Agents: one file per algorithm, loaded by name so that a stage depends on the code of its own algorithm only."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Protocol
+
+from stillhouse import seeding
+from stillhouse.config import parse
+from stillhouse.envs.make import EnvironmentConfig
+from stillhouse.envs.vector import VectorEnvironment
+from stillhouse.errors import StillhouseError
+from stillhouse.networks.multi_task import MultiTaskNetwork, NetworkSpec, build_network
+from stillhouse.types import Learner
+
+ALGORITHMS = {"dqn": ("DQN", "DQNConfig"), "pqn": ("PQN", "PQNConfig")}
+
+
+class LearnerConfig(Protocol):
+    """What every algorithm's settings have."""
+
+    @property
+    def num_envs(self) -> int: ...
+    @property
+    def network(self) -> Any: ...
+
+
+def make_learner(
+    settings: dict[str, Any],
+    name: str,
+    environment: EnvironmentConfig,
+    seed: int,
+    device: str = "cpu",
+    network: MultiTaskNetwork | None = None,
+) -> Learner:
+    """A learner on an environment, from plain settings with their ``algorithm``.
+
+    Args:
+        settings: the algorithm's parameter block.
+        name: the environment's name, which becomes the network's head.
+        environment: where to act.
+        seed: the stage's seed.
+        device: of the network.
+        network: to train on; a fresh one of the settings' size where none is given.
+
+    Raises:
+        StillhouseError: unknown algorithm or parameter, or spaces that it cannot handle.
+    """
+    algorithm = settings.get("algorithm")
+    if algorithm not in ALGORITHMS:
+        raise StillhouseError(f"algorithm: {algorithm!r} was given; allowed are {', '.join(ALGORITHMS)}")
+    module = importlib.import_module(f"{__name__}.{algorithm}")
+    learner_class, config_class = (getattr(module, part) for part in ALGORITHMS[algorithm])
+    config = parse(config_class, settings, name)
+    envs = VectorEnvironment(environment, config.num_envs, seed, "train")
+    if network is None:
+        spec = NetworkSpec(size=config.network, environments={name: envs.spec}, output="q_values")
+        network = build_network(spec, seeding.derive(seed, "network"))
+    learner: Learner = learner_class(config, network.to(device), name, envs, seed)
+    return learner

@@ -1,0 +1,56 @@
+"""A long stage's learning curve: sampled evenly, shown as progress, written as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+from stillhouse.files import write_atomic
+from stillhouse.types import Report
+from tasks.stage import StageContext
+
+
+class Curve:
+    """Keeps at most ``points`` evenly spaced reports, and passes each on to the stage's progress.
+
+    Args:
+        context: the stage's.
+        unit: what ``Report.done`` counts, ``env_steps`` or ``updates``: the first column.
+        columns: metric names and the columns they are written to.
+        points: rows at most.
+    """
+
+    def __init__(self, context: StageContext, unit: str, columns: dict[str, str], points: int = 100) -> None:
+        self._context = context
+        self._unit = unit
+        self._columns = columns
+        self._points = points
+        self.rows: list[list[float]] = []
+
+    def record(self, report: Report) -> None:
+        """Show a report; keep it when the next sampling point is reached."""
+        shown = {
+            name.rpartition("/")[2]: value for name, value in report.metrics.items() if name in self._columns
+        }
+        self._context.progress.update(report.done, report.total, self._unit.replace("_", " "), **shown)
+        due = len(self.rows) + 1
+        if report.done >= due * report.total / self._points and set(self._columns) <= set(report.metrics):
+            self.rows.append([report.done, *(report.metrics[name] for name in self._columns)])
+
+    def write(self, path: Path) -> None:
+        """Write the kept rows as CSV; numbers with 6 significant digits."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow([self._unit, *self._columns.values()])
+        writer.writerows([int(row[0]), *(f"{value:.6g}" for value in row[1:])] for row in self.rows)
+        write_atomic(path, text.getvalue())
+
+    def get_state(self) -> list[Any]:
+        """The rows kept so far."""
+        return [list(row) for row in self.rows]
+
+    def set_state(self, state: list[Any]) -> None:
+        """Continue from ``get_state``."""
+        self.rows = [list(row) for row in state]

@@ -1,0 +1,65 @@
+"""Stage: train one teacher on one environment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from stillhouse.agents import make_learner
+from stillhouse.checkpoint import save_checkpoint, save_state
+from stillhouse.config import parse
+from stillhouse.envs.make import EnvironmentConfig
+from stillhouse.files import write_json
+from stillhouse.networks.multi_task import parameter_count
+from tasks.curve import Curve
+from tasks.stage import StageContext, main
+
+
+def train_teacher(context: StageContext) -> None:
+    """The environment and the algorithm's settings to a checkpoint, its training state and its learning curve."""
+    torch.set_num_threads(1)
+    environment = parse(EnvironmentConfig, context.block(f"environments.{context.name}"), context.name)
+    settings = context.block(f"train_teacher.{context.name}")
+    learner = make_learner(settings, context.name, environment, context.seed, context.device)
+    curve = Curve(
+        context,
+        "env_steps",
+        {"rollout/return": "mean_return", "loss/td": "loss", "rollout/epsilon": "epsilon"},
+    )
+    if saved := context.scratch.load():
+        learner.set_state(saved["learner"])
+        curve.set_state(saved["curve"])
+    for report in learner.train():
+        curve.record(report)
+        if context.scratch.due():
+            context.scratch.save({"learner": learner.get_state(), "curve": curve.get_state()})
+
+    folder = Path("data/teachers")
+    stem = f"{context.name}-s{context.seed}"
+    state = learner.get_state()
+    details = {
+        "environments": {context.name: environment.model_dump(mode="json")},
+        "algorithm": settings["algorithm"],
+        "env_steps": learner.env_steps,
+        "seed": context.seed,
+    }
+    save_state(Path("data/training_state") / stem, state)
+    curve.write(folder / f"{stem}.csv")
+    recent = state["recent_returns"]
+    write_json(
+        folder / f"{stem}.json",
+        {
+            "env_steps": learner.env_steps,
+            "episodes": learner.episodes,
+            "mean_return": float(np.mean(recent)) if recent else None,
+            "parameters": parameter_count(learner.network),
+            "algorithm": settings["algorithm"],
+        },
+    )
+    save_checkpoint(folder / stem, learner.network, details)
+
+
+if __name__ == "__main__":
+    main(train_teacher)

@@ -1,0 +1,145 @@
+"""Environments: ids, user modules, variants, spaces that are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gymnasium
+import minatar
+import numpy as np
+import pytest
+from gymnasium import spaces
+
+from stillhouse.envs.make import EnvironmentConfig, describe, make, make_vector
+from stillhouse.errors import StillhouseError
+from stillhouse.types import environment_spec
+
+
+def refusal(config: EnvironmentConfig) -> str:
+    with pytest.raises(StillhouseError) as caught:
+        environment_spec(*describe(config), "here")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_unknown_id_names_near_ones() -> None:
+    assert "'CartPole-v1'" in refusal(EnvironmentConfig(id="Cartpol-v1"))
+    assert "MinAtar/Breakout-v0" in refusal(EnvironmentConfig(id="minatar/breakut-v0"))
+    assert "CartPole-v1" in refusal(EnvironmentConfig(id="CartPole-v7"))
+
+
+def test_unsupported_spaces_are_named_with_what_is_supported() -> None:
+    continuous = refusal(EnvironmentConfig(id="Pendulum-v1"))
+    assert "Box(-2.0, 2.0, (1,), float32)" in continuous and "Discrete" in continuous
+    with pytest.raises(StillhouseError, match=r"Tuple.*supported are Box"):
+        environment_spec(spaces.Tuple([spaces.Discrete(2)]), spaces.Discrete(2), "cards")
+
+
+def test_user_module_that_does_not_import() -> None:
+    text = refusal(EnvironmentConfig(id="Mine-v0", module="no_such_module_of_mine"))
+    assert "no_such_module_of_mine" in text and "does not import" in text
+
+
+def test_user_module_registers_an_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_worlds.py").write_text(
+        "import gymnasium\n"
+        "from gymnasium.envs.classic_control import CartPoleEnv\n"
+        "gymnasium.register('Mine/World-v0', entry_point=CartPoleEnv, max_episode_steps=10)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    observation, action = describe(EnvironmentConfig(id="Mine/World-v0", module="my_worlds"))
+    assert observation.shape == (4,) and action == spaces.Discrete(2)
+
+
+def test_wrong_option_is_one_line() -> None:
+    assert "gravty" in refusal(EnvironmentConfig(id="stillhouse/CartPole-v1", options={"gravty": 1.0}))
+    assert "above 0" in refusal(EnvironmentConfig(id="stillhouse/CartPole-v1", options={"pole_length": -1.0}))
+
+
+def test_module_must_be_a_dotted_name() -> None:
+    with pytest.raises(ValueError, match="dotted name"):
+        EnvironmentConfig(id="X-v0", module="os; import sys")
+
+
+@pytest.mark.parametrize("game", ["asterix", "breakout", "freeway", "seaquest", "space_invaders"])
+def test_minatar_single_and_vector_follow_the_package(game: str) -> None:
+    """The same seed and actions give the package's own states, rewards and ends."""
+    title = game.title().replace("_", "")
+    config = EnvironmentConfig(id=f"MinAtar/{title}-v0")
+    single = make(config)
+    vector = make_vector(config, 2)
+    package = minatar.Environment(game)
+    package.seed(5)
+    package.reset()
+    first, _ = single.reset(seed=5)
+    both, _ = vector.reset(seed=[5, 6])
+    np.testing.assert_array_equal(first, package.state())
+    np.testing.assert_array_equal(both[0], package.state())
+    generator = np.random.default_rng(0)
+    for _ in range(300):
+        action = int(generator.integers(6))
+        reward, ended = package.act(action)
+        observation, single_reward, single_ended, _, _ = single.step(action)
+        both, rewards, terminated, _, _ = vector.step(np.array([action, 0]))
+        np.testing.assert_array_equal(observation, package.state())
+        np.testing.assert_array_equal(both[0], package.state())
+        assert reward == single_reward == rewards[0] and ended == single_ended == terminated[0]
+        if ended:
+            package.reset()
+            single.reset()
+            both, _ = vector.reset(options={"reset_mask": np.array([True, False])})
+            np.testing.assert_array_equal(both[0], package.state())
+
+
+def test_minatar_variants_show_the_same_game_differently() -> None:
+    plain, _ = make(EnvironmentConfig(id="MinAtar/Breakout-v0")).reset(seed=1)
+    flipped, _ = make(EnvironmentConfig(id="MinAtar/Breakout-v0", options={"flip": "horizontal"})).reset(
+        seed=1
+    )
+    permuted, _ = make(
+        EnvironmentConfig(id="MinAtar/Breakout-v0", options={"permutation": [3, 2, 1, 0]})
+    ).reset(seed=1)
+    np.testing.assert_array_equal(flipped, plain[:, ::-1])
+    np.testing.assert_array_equal(permuted, plain[:, :, ::-1])
+    assert not np.array_equal(flipped, plain)
+
+
+def test_default_physics_are_gymnasiums() -> None:
+    ours, theirs = (
+        make_vector(EnvironmentConfig(id="stillhouse/CartPole-v1"), 3),
+        gymnasium.make_vec("CartPole-v1", 3),
+    )
+    longer = make_vector(EnvironmentConfig(id="stillhouse/CartPole-v1", options={"pole_length": 1.0}), 3)
+    for envs in (ours, theirs, longer):
+        envs.reset(seed=3)
+    actions = np.array([1, 0, 1])
+    same, expected, other = (envs.step(actions)[0] for envs in (ours, theirs, longer))
+    np.testing.assert_array_equal(same, expected)
+    assert not np.array_equal(other, expected)
+
+
+def test_single_and_vectorised_physics_agree() -> None:
+    options: dict[str, bool | int | float | str | list[int]] = {
+        "pole_length": 0.8,
+        "gravity": 12.0,
+        "force": 7.0,
+    }
+    config = EnvironmentConfig(id="stillhouse/CartPole-v1", options=options)
+    single, vector = make(config), make_vector(config, 1)
+    single.reset(seed=0)
+    vector.reset(seed=0)
+    single.unwrapped.state = np.array([0.01, 0.02, 0.03, 0.04])  # type: ignore[attr-defined]
+    vector.unwrapped.state = np.array([[0.01], [0.02], [0.03], [0.04]])  # type: ignore[attr-defined]
+    for action in (1, 0, 0, 1):
+        np.testing.assert_allclose(single.step(action)[0], vector.step(np.array([action]))[0][0], rtol=1e-6)
+
+
+def test_acrobot_masses_change_the_dynamics() -> None:
+    plain = make(EnvironmentConfig(id="stillhouse/Acrobot-v1"))
+    heavy = make(EnvironmentConfig(id="stillhouse/Acrobot-v1", options={"mass_2": 1.5}))
+    theirs = gymnasium.make("Acrobot-v1")
+    for env in (plain, heavy, theirs):
+        env.reset(seed=0)
+    first, second, third = (env.step(2)[0] for env in (plain, heavy, theirs))
+    np.testing.assert_array_equal(first, third)
+    assert not np.array_equal(first, second)
