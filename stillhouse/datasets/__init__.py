@@ -1,1 +1,1 @@
-"""What a teacher's play left: observations, the teacher's outputs, actions, rewards and ends, in memory-mapped shards."""
+"""What a teacher's play left: observations, outputs, actions, rewards and ends, in memory-mapped shards."""

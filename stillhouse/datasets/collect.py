@@ -1,4 +1,5 @@
-"""Collecting a dataset: the teacher plays epsilon-greedily and every transition is kept with its full output vector."""
+"""Collecting a dataset: the teacher plays epsilon-greedily, every transition is kept with its full
+outputs."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from stillhouse.envs.make import EnvironmentConfig
 from stillhouse.envs.vector import VectorEnvironment
 from stillhouse.errors import StillhouseError
 from stillhouse.files import replace_folder, write_json
-from stillhouse.types import OutputKind, Policy
+from stillhouse.types import OutputKind, Policy, Report
 
 NO_MINIMUM = -1e9
 
@@ -30,12 +31,16 @@ class CollectConfig(Config):
         default=100_000,
         ge=1,
         le=1_000_000_000,
-        description="env steps to keep; the last step of all copies is kept whole, so up to num_envs - 1 more",
+        description="env steps to keep; the last step of all copies is kept whole, so up to num_envs - 1 "
+        "more",
     )
-    epsilon: float = Field(default=0.05, ge=0, le=1, description="share of random actions in the teacher's play")
+    epsilon: float = Field(
+        default=0.05, ge=0, le=1, description="share of random actions in the teacher's play"
+    )
     num_envs: int = Field(default=32, ge=1, le=4096, description="copies of the environment")
     minimum_return: float = Field(
-        default=NO_MINIMUM, description="a teacher whose mean episode return is below this is weak, and collecting stops"
+        default=NO_MINIMUM,
+        description="a teacher whose mean return is below this is weak, and collecting stops",
     )
     allow_weak_teacher: bool = Field(default=False, description="collect from a weak teacher all the same")
 
@@ -49,7 +54,7 @@ class Teacher:
         output: what the outputs are.
         digest: SHA-256 of the checkpoint's manifest.
         parameters: number of weights.
-        mean_return: from the teacher's own evaluation; None: judged by the play collected here.
+        mean_return: greedy, on validation episodes; None: judged by the play collected here.
     """
 
     policy: Policy
@@ -59,28 +64,9 @@ class Teacher:
     mean_return: float | None = None
 
 
-@dataclass(frozen=True)
-class CollectProgress:
-    """Where collection stands; the first comes before the first env step and announces the size.
-
-    Attributes:
-        transitions: env steps kept so far.
-        total: env steps wanted.
-        size_bytes: what the transitions will take on disk.
-        episodes: episodes that ended by themselves so far.
-        mean_return: their mean return, None before the first.
-    """
-
-    transitions: int
-    total: int
-    size_bytes: int
-    episodes: int
-    mean_return: float | None
-
-
 def collect(
     teacher: Teacher, environment: EnvironmentConfig, config: CollectConfig, seed: int, path: Path
-) -> Iterator[CollectProgress]:
+) -> Iterator[Report]:
     """Let the teacher play and write what it saw and thought to ``path``.
 
     Args:
@@ -91,24 +77,26 @@ def collect(
         path: the dataset's folder, replaced when all is well and untouched otherwise.
 
     Yields:
-        Progress, about a hundred times; the last when the dataset is in place.
+        About a hundred reports in env steps. The first comes before any env step and announces
+        ``dataset/bytes``, the last when the dataset is in place; ``rollout/return`` is the mean over the
+        episodes that ended so far.
 
     Raises:
         StillhouseError: a weak teacher, outputs that are not finite, or too little space on the disk.
     """
     if teacher.mean_return is not None:
-        _check_return(teacher.mean_return, "its evaluation", config)
+        _check_return(teacher.mean_return, "its greedy validation episodes", config)
     envs = VectorEnvironment(environment, config.num_envs, seed, "collect")
     spec = envs.spec
     size = row_bytes(spec) * config.transitions
-    yield CollectProgress(0, config.transitions, size, 0, None)
+    yield Report(0, config.transitions, {"dataset/bytes": float(size)})
     random = seeding.generator(seed, "collect", "epsilon")
     path.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(path.parent).free
     if size > free:
         raise StillhouseError(
-            f"{path}: the dataset takes {size / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are free; free space or "
-            f"lower transitions ({config.transitions})"
+            f"{path}: the dataset takes {size / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are free; free "
+            f"space or lower transitions ({config.transitions})"
         )
 
     with replace_folder(path) as folder:
@@ -124,8 +112,8 @@ def collect(
             outputs = teacher.policy(observations)  # [B, A]
             if not np.isfinite(outputs).all():
                 raise StillhouseError(
-                    f"the teacher's outputs for {environment.id} are not finite after {done} env steps; its training "
-                    "diverged: train it again with a lower learning rate"
+                    f"the teacher's outputs for {environment.id} are not finite after {done} env steps; its "
+                    f"training diverged: train it again with a lower learning rate"
                 )
             actions = outputs.argmax(1)
             explore = random.random(config.num_envs) < config.epsilon
@@ -135,7 +123,8 @@ def collect(
             done += int(valid.sum())
             truncated = step.truncated
             if done >= config.transitions:
-                # Episodes still open are cut: a truncation, with the observation the next step would have started from.
+                # Episodes still open are cut: a truncation, with the observation the next step would have
+                # started from.
                 open_rows = np.flatnonzero(valid & ~step.terminated & ~step.truncated)
                 truncated = truncated.copy()
                 truncated[open_rows] = True
@@ -162,7 +151,7 @@ def collect(
                 mean_return = return_sum / ended_episodes
             if reported + report_every <= done < config.transitions:
                 reported = done
-                yield CollectProgress(done, config.transitions, size, ended_episodes, mean_return)
+                yield _report(done, config.transitions, ended_episodes, mean_return)
         envs.close()
         if teacher.mean_return is None:
             _check_return(mean_return, f"{ended_episodes} collected episodes", config)
@@ -180,7 +169,14 @@ def collect(
             mean_action_gap=gap_sum / done,
         )
         write_json(folder / SCHEMA_FILE, schema.model_dump(mode="json"))
-    yield CollectProgress(done, done, size, ended_episodes, mean_return)
+    yield _report(done, done, ended_episodes, mean_return)
+
+
+def _report(done: int, total: int, episodes: int, mean_return: float | None) -> Report:
+    metrics = {"rollout/episodes": float(episodes)}
+    if mean_return is not None:
+        metrics["rollout/return"] = mean_return
+    return Report(done, total, metrics)
 
 
 def _check_return(mean_return: float | None, source: str, config: CollectConfig) -> None:
@@ -188,14 +184,14 @@ def _check_return(mean_return: float | None, source: str, config: CollectConfig)
         return
     if mean_return is None:
         raise StillhouseError(
-            f"no episode ended, so minimum_return {config.minimum_return:.4g} cannot be checked; raise transitions "
-            f"({config.transitions}), or set allow_weak_teacher"
+            f"no episode ended, so minimum_return {config.minimum_return:.4g} cannot be checked; raise "
+            f"transitions ({config.transitions}), or set allow_weak_teacher"
         )
     if mean_return < config.minimum_return:
         raise StillhouseError(
             f"weak teacher: a mean return of {mean_return:.4g} over {source}, below minimum_return "
-            f"{config.minimum_return:.4g}; train it longer (its checkpoint is kept), lower minimum_return, or set "
-            "allow_weak_teacher"
+            f"{config.minimum_return:.4g}; train it longer (its checkpoint is kept), lower minimum_return, "
+            f"or set allow_weak_teacher"
         )
 
 

@@ -41,16 +41,21 @@ class Dataset:
         """Verify a dataset folder and map it.
 
         Raises:
-            StillhouseError: a file is missing, truncated or changed (named), another version's schema, or no transition.
+            StillhouseError: a file is missing, truncated or changed (named), another version's schema, or no
+                transition.
         """
         check_folder(path)
         try:
             data = json.loads((path / SCHEMA_FILE).read_text())
         except (OSError, ValueError):
-            raise StillhouseError(f"{path / SCHEMA_FILE}: missing or no JSON, so {path} is no dataset") from None
+            raise StillhouseError(
+                f"{path / SCHEMA_FILE}: missing or no JSON, so {path} is no dataset"
+            ) from None
         schema = parse(DatasetSchema, data, where=str(path / SCHEMA_FILE))
         if schema.transitions == 0:
-            raise StillhouseError(f"{path}: the dataset is empty (0 transitions); collect at least one episode")
+            raise StillhouseError(
+                f"{path}: the dataset is empty (0 transitions); collect at least one episode"
+            )
         return cls(path, schema)
 
     def __len__(self) -> int:
@@ -69,7 +74,8 @@ class Dataset:
         return np.concatenate([shard[name] for shard in self._shards])
 
     def final_observations(self) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers ``[K]`` of all episodes and the observations ``[K, ...]`` they ended in, in the order they ended."""
+        """Numbers ``[K]`` of all episodes and the observations ``[K, ...]`` they ended in, in the order they
+        ended."""
         episodes = np.concatenate([shard["final_episodes"] for shard in self._shards])
         packed = np.concatenate([shard["final_observations"] for shard in self._shards])
         return episodes, unpack(packed, self.schema.environment.observation)
@@ -81,8 +87,8 @@ class Dataset:
     def split(self, holdout_fraction: float, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Rows for training and rows held out; no episode has rows in both.
 
-        Whole episodes are held out in random order until they hold at least ``holdout_fraction`` of the rows; one is
-        always held out and one always left.
+        Whole episodes are held out in random order until they hold at least ``holdout_fraction`` of the rows;
+        one is always held out and one always left.
 
         Raises:
             StillhouseError: the dataset has a single episode.
@@ -90,7 +96,8 @@ class Dataset:
         numbers, row_episode, lengths = np.unique(self.episodes, return_inverse=True, return_counts=True)
         if len(numbers) < 2:
             raise StillhouseError(
-                f"{self.path}: only one episode, and held-out data is held out by episode; collect more transitions"
+                f"{self.path}: only one episode, and held-out data is held out by episode; collect more "
+                f"transitions"
             )
         order = generator.permutation(len(numbers))
         enough = np.searchsorted(np.cumsum(lengths[order]), holdout_fraction * len(self)) + 1
@@ -113,5 +120,5 @@ class Dataset:
 
 def _map_shard(path: Path) -> dict[str, np.ndarray]:
     # Through torch, because safetensors maps a file into memory for torch and reads it whole for NumPy.
-    with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+    with safe_open(path, "pt") as file:
         return {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118 - no mapping

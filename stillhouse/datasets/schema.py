@@ -1,11 +1,13 @@
 """What is in a dataset folder: ``schema.json``, the shards, and each observation's smallest exact form.
 
-A shard is one safetensors file. Its rows are transitions, sorted by episode and in time order within an episode; an
-episode may continue in later shards, under the same number. Every episode ends ``terminated`` or ``truncated`` (those
-still open when collection stopped are cut as truncations); the observation it ended in stands once, in a table apart:
+A shard is one safetensors file. Its rows are transitions, sorted by episode and in time order within an
+episode; an episode may continue in later shards, under the same number. Every episode ends ``terminated`` or
+``truncated`` (those still open when collection stopped are cut as truncations); the observation it ended in
+stands once, in a table apart:
 
     observations [N, ...]  outputs float32 [N, A]  actions uint [N]  rewards float32 [N]
-    terminated, truncated bool [N]  episodes uint32 [N]  final_episodes uint32 [K]  final_observations [K, ...]
+    terminated, truncated bool [N]  episodes uint32 [N]  final_episodes uint32 [K]  final_observations [K,
+    ...]
 """
 
 from __future__ import annotations
@@ -36,8 +38,12 @@ class DatasetSchema(Config):
     epsilon: float = Field(ge=0, le=1, description="share of random actions in the teacher's play")
     shard_rows: list[int] = Field(description="transitions in each shard")
     episodes: int = Field(ge=0)
-    mean_return: float | None = Field(description="over the episodes that ended by themselves; null without any")
-    mean_action_gap: float = Field(description="mean difference between the teacher's best and second best output")
+    mean_return: float | None = Field(
+        description="over the episodes that ended by themselves; null without any"
+    )
+    mean_action_gap: float = Field(
+        description="mean difference between the teacher's best and second best output"
+    )
 
     @property
     def transitions(self) -> int:
@@ -74,7 +80,8 @@ def smallest_unsigned(count: int) -> np.dtype[Any]:
 
 
 def pack(observations: np.ndarray, spec: ObservationSpec) -> np.ndarray:
-    """Observations ``[B, ...]`` in the environment's type to the stored form: planes to bits, discrete to few bytes."""
+    """Observations ``[B, ...]`` in the environment's type to the stored form: planes to bits, discrete to few
+    bytes."""
     if spec.kind == "planes":
         return np.packbits(observations.reshape(len(observations), -1), axis=1)
     return observations.astype(_packed_form(spec)[0], copy=False)

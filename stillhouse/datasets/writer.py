@@ -16,7 +16,8 @@ SHARD_BYTES = 64 * 2**20
 class ShardWriter:
     """Collects transitions in preallocated memory and writes a shard whenever it is full.
 
-    The folder is the caller's, made with :func:`stillhouse.files.replace_folder`, so that a failure leaves nothing.
+    The folder is the caller's, made with :func:`stillhouse.files.replace_folder`, so that a failure leaves
+    nothing.
 
     Args:
         folder: where the shards go.
@@ -52,7 +53,8 @@ class ShardWriter:
         columns["observations"] = pack(observations, self.observation)
         taken, rows = 0, len(observations)
         while taken < rows:
-            # A shard is written when the next row needs the space: final observations of its last rows come in between.
+            # A shard is written when the next row needs the space: final observations of its last rows come
+            # in between.
             if self._filled == self.capacity:
                 self._write()
             count = min(rows - taken, self.capacity - self._filled)
@@ -62,7 +64,8 @@ class ShardWriter:
             taken += count
 
     def append_final(self, episodes: np.ndarray, observations: np.ndarray) -> None:
-        """Add the final observations ``[K, ...]`` of ``episodes`` ``[K]`` that ended in the last :meth:`append`."""
+        """Add the final observations ``[K, ...]`` of ``episodes`` ``[K]`` that ended in the last
+        :meth:`append`."""
         if len(episodes):
             self._final.append((episodes.astype(np.uint32), pack(observations, self.observation)))
 

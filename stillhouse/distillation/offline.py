@@ -1,7 +1,7 @@
 """Offline policy distillation of one or many teachers into one student.
 
-Rusu et al. 2015, "Policy Distillation" (https://arxiv.org/abs/1511.06295): the student is trained, supervised, on what the
-teachers saw and thought, and never acts. Each update descends
+Rusu et al. 2015, "Policy Distillation" (https://arxiv.org/abs/1511.06295): the student is trained,
+supervised, on what the teachers saw and thought, and never acts. Each update descends
 
     sum_e w_e L(student(o_e), teacher_e(o_e)) / sum_e w_e        with o_e a batch of environment e's dataset
 
@@ -11,13 +11,14 @@ Deviations from the paper:
 
 1. Each update takes a batch from every environment; the paper's minibatches come from one game at a time.
 2. Adam with a linearly falling learning rate instead of RMSProp.
-3. A tenth of the episodes is held out; the weights with the best agreement there (share of observations in which student
-   and teacher prefer the same action, mean over environments) are the result, and training stops when it no longer grows.
-4. The student shares its torso only; the paper's has private layers after shared convolutions. Environments with equal
-   observation shapes share an adapter.
-5. With MSE the student learns standardised outputs: ``q_s = mean_e + std_e * head(...)``, folded into the head's weights at
-   the end. The loss is unchanged; without it the head's bias, moving by about the learning rate per update, would need tens
-   of thousands of updates to reach Q-values of a hundred.
+3. A tenth of the episodes is held out; the weights with the best agreement there (share of observations in
+   which student and teacher prefer the same action, mean over environments) are the result, and training
+   stops when it no longer grows.
+4. The student shares its torso only; the paper's has private layers after shared convolutions. Environments
+   with equal observation shapes share an adapter.
+5. With MSE the student learns standardised outputs: ``q_s = mean_e + std_e * head(...)``, folded into the
+   head's weights at the end. The loss is unchanged; without it the head's bias, moving by about the learning
+   rate per update, would need tens of thousands of updates to reach Q-values of a hundred.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ from stillhouse.networks.multi_task import (
     build_network,
     parameter_count,
 )
-from stillhouse.types import EnvironmentSpec, OutputKind
+from stillhouse.networks.parameters import FlatParameters
+from stillhouse.types import EnvironmentSpec, OutputKind, Report
 
 # Sharpens Q-values, whose action gaps are small; logits are a policy already.
 DEFAULT_TEMPERATURE: dict[OutputKind, float] = {"q_values": 0.01, "logits": 1.0}
@@ -73,23 +75,29 @@ class DistillationConfig(Config):
         default=500, ge=1, le=1_000_000, description="updates between two measurements of held-out agreement"
     )
     patience: int = Field(
-        default=10, ge=0, le=1_000_000, description="stop after so many measurements without a better one; 0: never"
+        default=10,
+        ge=0,
+        le=1_000_000,
+        description="stop after so many measurements without a better one; 0: never",
     )
-    holdout_fraction: float = Field(default=0.1, gt=0, le=0.5, description="share of transitions held out, by episode")
+    holdout_fraction: float = Field(
+        default=0.1, gt=0, le=0.5, description="share of transitions held out, by episode"
+    )
     weights: dict[str, float] = Field(
         default_factory=dict, description="weight of an environment's loss, by name; 1 where none is given"
     )
     normalise_mse: bool = Field(
         default=False,
-        description="mse: divide each environment's loss by the variance of its teacher's outputs, so that large Q-values "
-        "do not drown small ones",
+        description="mse: divide each environment's loss by the variance of its teacher's outputs, so that "
+        "large Q-values do not drown small ones",
     )
     size: NetworkSize = NetworkSize()
     parameter_fraction: float = Field(
         default=0,
         ge=0,
         le=1,
-        description="scale the widths of size to at most this share of the teachers' parameters together; 0: as given",
+        description="scale the widths of size to at most this share of the teachers' parameters together; "
+        "0: as given",
     )
 
     @field_validator("weights")
@@ -118,7 +126,7 @@ class _Source:
 
 
 class Distillation:
-    """A student in training. :meth:`run` trains it; :meth:`student` is the result.
+    """A student in training. :meth:`train` trains it; :meth:`student` is the result.
 
     Args:
         config: how.
@@ -127,8 +135,8 @@ class Distillation:
         device: torch device.
 
     Raises:
-        StillhouseError: weights for unknown environments, a budget too small for any network, a dataset of a single
-            episode, or MSE on teachers of different kinds.
+        StillhouseError: weights for unknown environments, a budget too small for any network, a dataset of a
+            single episode, or MSE on teachers of different kinds.
     """
 
     def __init__(
@@ -137,19 +145,22 @@ class Distillation:
         self.config = config
         self.device = device
         self.updates = 0
-        self.history: list[dict[str, float]] = []
         environments = {name: dataset.schema.environment for name, dataset in datasets.items()}
         self.teacher_parameters = sum(dataset.schema.teacher_parameters for dataset in datasets.values())
         size = config.size
         if config.parameter_fraction:
-            size = size_for_budget(size, environments, math.floor(config.parameter_fraction * self.teacher_parameters))
+            size = size_for_budget(
+                size, environments, math.floor(config.parameter_fraction * self.teacher_parameters)
+            )
         spec = NetworkSpec(size=size, environments=environments, output=_output_kind(config, datasets))
-        self.network: MultiTaskNetwork = build_network(spec, seeding.derive(seed, "distillation", "weights")).to(device)
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=config.learning_rate, fused=True)
+        self.network: MultiTaskNetwork = build_network(
+            spec, seeding.derive(seed, "distillation", "weights")
+        ).to(device)
+        self.parameters = FlatParameters(self.network, config.learning_rate)
         self._sources = _sources(config, datasets, seed, device)
         self._weights = torch.tensor([source.weight for source in self._sources], device=device)
-        self._best_agreement = -1.0
-        self._best: dict[str, Tensor] = {}
+        self.best: dict[str, float] = {}  # the metrics of the best measurement so far
+        self._best_weights: Tensor | None = None
         self._intervals_since_best = 0
 
     @property
@@ -158,40 +169,37 @@ class Distillation:
         patience = self.config.patience
         return self.updates >= self.config.updates or 0 < patience <= self._intervals_since_best
 
-    def run(self) -> Iterator[dict[str, float]]:
+    def train(self) -> Iterator[Report]:
         """Train until finished; :meth:`get_state` is exact whenever this has yielded.
 
         Yields:
-            Per evaluation interval: ``update``, ``loss`` and ``loss/<environment>`` (mean over the interval),
-            ``agreement`` and ``agreement/<environment>`` (on held-out episodes).
+            Per evaluation interval, in updates: ``loss/distill`` and ``loss/<environment>`` (means over the
+            interval), ``eval/agreement`` and ``agreement/<environment>`` (on held-out episodes).
 
         Raises:
             StillhouseError: the loss is not finite.
         """
         while not self.finished:
             losses = self._train_interval()
-            if not np.isfinite(losses).all():
-                bad = ", ".join(
-                    source.name for source, loss in zip(self._sources, losses, strict=True) if not np.isfinite(loss)
-                )
+            if not np.isfinite(losses).all() or not self.parameters.values.isfinite().all():
                 raise StillhouseError(
-                    f"the {self.config.loss} loss is not finite after {self.updates} updates ({bad}); lower "
-                    f"learning_rate ({self.config.learning_rate:g}) or raise temperature"
+                    f"the {self.config.loss} loss or a weight is not finite after {self.updates} updates; no "
+                    f"result is written; lower learning_rate ({self.config.learning_rate:g})"
                 )
             agreements = [self._agreement(source) for source in self._sources]
             agreement = sum(agreements) / len(agreements)
-            if agreement > self._best_agreement:
-                self._best_agreement, self._intervals_since_best = agreement, 0
-                self._best = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
-            else:
-                self._intervals_since_best += 1
             weights = np.array([source.weight for source in self._sources])
-            metrics = {"update": float(self.updates), "loss": float(weights @ losses), "agreement": agreement}
+            metrics = {"loss/distill": float(weights @ losses), "eval/agreement": agreement}
             for source, loss, value in zip(self._sources, losses, agreements, strict=True):
                 metrics[f"loss/{source.name}"] = float(loss)
                 metrics[f"agreement/{source.name}"] = value
-            self.history.append(metrics)
-            yield metrics
+            if agreement > self.best.get("eval/agreement", -1.0):
+                self.best = {"update": float(self.updates), **metrics}
+                self._best_weights = self.parameters.values.detach().clone()
+                self._intervals_since_best = 0
+            else:
+                self._intervals_since_best += 1
+            yield Report(self.updates, self.config.updates, metrics)
 
     def student(self) -> MultiTaskNetwork:
         """A network of its own with the best weights so far, in evaluation mode.
@@ -199,11 +207,11 @@ class Distillation:
         Raises:
             StillhouseError: nothing was measured yet.
         """
-        if not self._best:
+        if self._best_weights is None:
             raise StillhouseError("the student has not been trained yet")
         student = MultiTaskNetwork(self.network.spec).to(self.device)
-        student.load_state_dict(self._best)
         with torch.no_grad():
+            torch.nn.utils.vector_to_parameters(self._best_weights.clone(), student.parameters())
             for source in self._sources:
                 head: Any = student.heads[source.name]
                 head.weight.mul_(source.scale)
@@ -212,62 +220,46 @@ class Distillation:
 
     def get_state(self) -> dict[str, Any]:
         """Everything needed to continue exactly: plain data and tensors."""
-        optimizer = self.optimizer.state_dict()["state"]
         return {
             "updates": self.updates,
-            "history": self.history,
-            "network": {name: tensor.clone() for name, tensor in self.network.state_dict().items()},
-            "optimizer": {
-                str(index): {key: value.clone() for key, value in moments.items()}
-                for index, moments in optimizer.items()
-            },
+            "parameters": self.parameters.get_state(),
             "random": {source.name: source.random.bit_generator.state for source in self._sources},
-            "best": self._best,
-            "best_agreement": self._best_agreement,
+            "best": [[name, value] for name, value in self.best.items()],
+            "best_weights": self._best_weights,
             "intervals_since_best": self._intervals_since_best,
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`get_state` of a distillation with the same arguments."""
         self.updates = state["updates"]
-        self.history = list(state["history"])
-        self.network.load_state_dict(_tensors(state["network"]))
-        self.optimizer.load_state_dict(
-            {
-                "state": {int(index): _tensors(moments) for index, moments in state["optimizer"].items()},
-                "param_groups": self.optimizer.state_dict()["param_groups"],
-            }
-        )
+        self.parameters.set_state(state["parameters"])
         for source in self._sources:
             source.random.bit_generator.state = state["random"][source.name]
-        self._best = _tensors(state["best"])
-        self._best_agreement = state["best_agreement"]
+        self.best = dict(state["best"])
+        best = state["best_weights"]
+        self._best_weights = None if best is None else torch.as_tensor(best).to(self.device, copy=True)
         self._intervals_since_best = state["intervals_since_best"]
 
     def _train_interval(self) -> np.ndarray:
         """Train until the next evaluation; the environments' mean losses, float64 [E]."""
         config = self.config
         count = min(config.evaluation_interval, config.updates - self.updates)
-        draws = [
-            source.rows[source.random.integers(len(source.rows), size=(count, config.batch_size))]
-            for source in self._sources
-        ]
         sums = torch.zeros(len(self._sources), dtype=torch.float64, device=self.device)
-        group = self.optimizer.param_groups[0]
-        for index in range(count):
+        learning_rate = config.learning_rate
+        for _ in range(count):
             if config.linear_decay:
-                group["lr"] = config.learning_rate * (1 - self.updates / config.updates)
-            losses = torch.stack(
-                [self._loss(source, rows[index]) for source, rows in zip(self._sources, draws, strict=True)]
-            )
-            self.optimizer.zero_grad()
+                learning_rate = config.learning_rate * (1 - self.updates / config.updates)
+            losses = torch.stack([self._loss(source) for source in self._sources])
+            self.parameters.zero_gradient()
             (losses @ self._weights).backward()  # type: ignore[no-untyped-call]
-            self.optimizer.step()
+            self.parameters.step(learning_rate)
             sums += losses.detach()
             self.updates += 1
         return (sums / count).cpu().numpy()
 
-    def _loss(self, source: _Source, rows: np.ndarray) -> Tensor:
+    def _loss(self, source: _Source) -> Tensor:
+        """The loss of a fresh batch, drawn with replacement; a scalar."""
+        rows = source.rows[source.random.integers(len(source.rows), size=self.config.batch_size)]
         student = self._outputs(source, rows)  # [B, A]
         teacher = source.outputs.index_select(0, torch.from_numpy(rows).to(self.device))
         if self.config.loss == "kl":
@@ -290,7 +282,9 @@ class Distillation:
         return float((torch.cat(chosen) == source.held_actions).double().mean())
 
 
-def size_for_budget(size: NetworkSize, environments: Mapping[str, EnvironmentSpec], budget: int) -> NetworkSize:
+def size_for_budget(
+    size: NetworkSize, environments: Mapping[str, EnvironmentSpec], budget: int
+) -> NetworkSize:
     """``size`` with all widths scaled by one factor, the largest with at most ``budget`` parameters.
 
     Raises:
@@ -353,11 +347,14 @@ def _sources(
         raise StillhouseError("distillation needs at least one dataset")
     if unknown := sorted(set(config.weights) - set(datasets)):
         raise StillhouseError(
-            f"weights: {', '.join(unknown)} is not among the student's environments; allowed are {', '.join(datasets)}"
+            f"weights: {', '.join(unknown)} is not among the student's environments; allowed are "
+            + ", ".join(datasets)
         )
     sources = []
     for name, dataset in datasets.items():
-        rows, held = dataset.split(config.holdout_fraction, seeding.generator(seed, "distillation", "holdout", name))
+        rows, held = dataset.split(
+            config.holdout_fraction, seeding.generator(seed, "distillation", "holdout", name)
+        )
         if len(held) > MAXIMUM_HOLDOUT_ROWS:
             choice = seeding.generator(seed, "distillation", "holdout rows", name)
             held = np.sort(choice.choice(held, MAXIMUM_HOLDOUT_ROWS, replace=False))
@@ -385,7 +382,3 @@ def _sources(
     for source in sources:
         source.weight /= total
     return sources
-
-
-def _tensors(values: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {name: torch.as_tensor(value).clone() for name, value in values.items()}

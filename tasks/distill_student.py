@@ -1,0 +1,67 @@
+"""Stage: distil the teachers' datasets into one student."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from stillhouse.checkpoint import save_checkpoint
+from stillhouse.config import parse
+from stillhouse.datasets.reader import Dataset
+from stillhouse.distillation.offline import Distillation, DistillationConfig
+from stillhouse.files import write_json
+from stillhouse.networks.multi_task import parameter_count
+from tasks.curve import Curve
+from tasks.stage import StageContext, main
+
+
+def distill_student(context: StageContext) -> None:
+    """Datasets to a student's checkpoint, its learning curve and its agreement with each teacher."""
+    torch.set_num_threads(1)
+    block = dict(context.block(f"distill_student.{context.name}"))
+    # Sorted: the order of the names in a file must not change the student.
+    environments = sorted(block.pop("environments"))
+    config = parse(DistillationConfig, block, f"distill_student.{context.name}")
+    datasets = {
+        name: Dataset.open(Path("data/datasets") / f"{name}-s{context.seed}") for name in environments
+    }
+    distillation = Distillation(config, datasets, context.seed, context.device)
+    columns = {"eval/agreement": "agreement", "loss/distill": "loss"}
+    columns |= {f"agreement/{name}": f"agreement_{name}" for name in environments}
+    curve = Curve(context, "updates", columns)
+    if saved := context.scratch.load():
+        distillation.set_state(saved["distillation"])
+        curve.set_state(saved["curve"])
+    for report in distillation.train():
+        curve.record(report)
+        if context.scratch.due():
+            context.scratch.save({"distillation": distillation.get_state(), "curve": curve.get_state()})
+
+    path = Path("data/students") / f"{context.name}-s{context.seed}"
+    student = distillation.student()
+    curve.write(path.with_name(f"{path.name}.csv"))
+    write_json(
+        path.with_name(f"{path.name}.json"),
+        {
+            "agreement": distillation.best["eval/agreement"],
+            "agreements": {name: distillation.best[f"agreement/{name}"] for name in environments},
+            "losses": {name: distillation.best[f"loss/{name}"] for name in environments},
+            "updates": distillation.updates,
+            "best_update": int(distillation.best["update"]),
+            "parameters": parameter_count(student),
+            "teacher_parameters": distillation.teacher_parameters,
+            "output": student.spec.output,
+        },
+    )
+    details = {
+        "environments": {name: context.block(f"environments.{name}") for name in environments},
+        "teachers": {name: dataset.schema.teacher for name, dataset in datasets.items()},
+        "distillation": config.model_dump(mode="json"),
+        "seed": context.seed,
+    }
+    save_checkpoint(path, student, details)
+
+
+if __name__ == "__main__":
+    main(distill_student)
