@@ -1,0 +1,150 @@
+"""DQN and PQN: exact resume, determinism, refusals; and that they learn (marker ``learning``)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+from stillhouse.agents import make_learner
+from stillhouse.checkpoint import load_state, save_state
+from stillhouse.envs.make import EnvironmentConfig
+from stillhouse.errors import StillhouseError
+from stillhouse.types import Learner
+
+torch.set_num_threads(1)
+SIZE = {"features": 16, "torso": [8], "layer_norm": True}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "dqn": {
+        "algorithm": "dqn",
+        "env_steps": 2000,
+        "learning_starts": 100,
+        "train_every": 64,
+        "updates_per_train": 4,
+        "batch_size": 16,
+        "n_step": 2,
+        "double_q": True,
+        "target_update_interval": 5,
+        "network": SIZE,
+    },
+    "pqn": {
+        "algorithm": "pqn",
+        "env_steps": 2000,
+        "num_envs": 8,
+        "rollout_length": 16,
+        "minibatches": 4,
+        "network": SIZE,
+    },
+}
+ENVIRONMENTS = {
+    "cartpole": EnvironmentConfig(id="CartPole-v1"),
+    "acrobot": EnvironmentConfig(id="Acrobot-v1", max_episode_steps=60),
+    "breakout": EnvironmentConfig(id="MinAtar/Breakout-v0"),
+}
+
+
+def learner(algorithm: str, environment: str, seed: int = 0) -> Learner:
+    return make_learner(SETTINGS[algorithm], environment, ENVIRONMENTS[environment], seed)
+
+
+def weights(agent: Learner) -> bytes:
+    return agent.parameters.values.detach().numpy().tobytes()
+
+
+@pytest.mark.parametrize("algorithm", SETTINGS)
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+def test_interrupted_and_uninterrupted_end_in_the_same_bytes(
+    algorithm: str, environment: str, tmp_path: Path
+) -> None:
+    whole = learner(algorithm, environment)
+    reports = list(whole.train())
+    assert reports[-1].done == reports[-1].total == 2000
+    interrupted = learner(algorithm, environment)
+    for count, _ in enumerate(interrupted.train()):
+        if count == len(reports) // 2:
+            break
+    save_state(tmp_path / "state", interrupted.get_state())
+    resumed = learner(algorithm, environment)
+    resumed.set_state(load_state(tmp_path / "state"))
+    assert list(resumed.train())[-1] == reports[-1]
+    assert weights(resumed) == weights(whole)
+    save_state(tmp_path / "a", whole.get_state())
+    save_state(tmp_path / "b", resumed.get_state())
+    for name in ("state.safetensors", "state.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize("algorithm", SETTINGS)
+def test_the_seed_decides_everything(algorithm: str) -> None:
+    first, again, other = (learner(algorithm, "cartpole", seed) for seed in (0, 0, 1))
+    for agent in (first, again, other):
+        list(agent.train())
+    assert weights(first) == weights(again) != weights(other)
+
+
+@pytest.mark.parametrize("algorithm", SETTINGS)
+def test_a_loss_that_is_not_finite_stops_with_a_reason(algorithm: str) -> None:
+    agent = learner(algorithm, "cartpole")
+    agent.parameters.values.data.fill_(float("nan"))
+    with pytest.raises(StillhouseError, match="loss became nan after .* no result is written"):
+        list(agent.train())
+
+
+def test_bad_settings_are_refused_before_any_work() -> None:
+    with pytest.raises(StillhouseError, match="allowed are dqn, pqn"):
+        make_learner({"algorithm": "sac"}, "cartpole", ENVIRONMENTS["cartpole"], 0)
+    with pytest.raises(StillhouseError, match=r"cartpole.gamma.*less than or equal to 1.*1.5"):
+        make_learner({"algorithm": "dqn", "gamma": 1.5}, "cartpole", ENVIRONMENTS["cartpole"], 0)
+    with pytest.raises(StillhouseError, match="must be Discrete"):
+        make_learner({"algorithm": "pqn"}, "pendulum", EnvironmentConfig(id="Pendulum-v1"), 0)
+
+
+class Signal(gymnasium.Env[int, int]):
+    """Shows a number, pays 1 for naming it; 10 steps an episode. The best return is 10, a random one 10/4."""
+
+    observation_space = gymnasium.spaces.Discrete(4)
+    action_space = gymnasium.spaces.Discrete(4)
+    metadata = {"render_modes": []}
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[int, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.count, self.shown = 0, int(self.np_random.integers(4))
+        return self.shown, {}
+
+    def step(self, action: int) -> tuple[int, float, bool, bool, dict[str, Any]]:
+        reward = float(action == self.shown)
+        self.count, self.shown = self.count + 1, int(self.np_random.integers(4))
+        return self.shown, reward, self.count == 10, False, {}
+
+
+if "stillhouse-tests/Signal-v0" not in gymnasium.registry:
+    gymnasium.register("stillhouse-tests/Signal-v0", entry_point=Signal)
+
+
+@pytest.mark.learning
+@pytest.mark.parametrize("algorithm", SETTINGS)
+def test_learns_to_name_what_is_shown(algorithm: str) -> None:
+    """Five seeds against five untrained networks: a permutation test on greedy returns."""
+    from scipy.stats import permutation_test
+
+    from stillhouse.evaluation.rollouts import evaluate
+
+    environment = EnvironmentConfig(id="stillhouse-tests/Signal-v0")
+    trained, untrained = [], []
+    settings = {**SETTINGS[algorithm], "learning_rate": 5e-3, "env_steps": 6000, "gamma": 0.0}
+    for seed in range(5):
+        agent = make_learner(settings, "signal", environment, seed)
+        untrained.append(evaluate(agent.q_values, environment, 50, seed).returns.mean())
+        list(agent.train())
+        trained.append(evaluate(agent.q_values, environment, 50, seed).returns.mean())
+    result = permutation_test(
+        (trained, untrained), lambda a, b: np.mean(a) - np.mean(b), alternative="greater", n_resamples=np.inf
+    )
+    assert result.pvalue < 0.05
+    assert np.mean(trained) > 9.5

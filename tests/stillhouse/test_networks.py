@@ -1,0 +1,130 @@
+"""Networks: every observation kind, sharing, and the flat parameters' step against torch's own."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from stillhouse.networks.adapters import PlanesAdapter
+from stillhouse.networks.multi_task import NetworkSize, NetworkSpec, build_network, parameter_count
+from stillhouse.networks.parameters import FlatParameters
+from stillhouse.types import EnvironmentSpec, ObservationSpec
+
+OBSERVATIONS = [
+    ObservationSpec(kind="vector", shape=(4,)),
+    ObservationSpec(kind="discrete", shape=(7,)),
+    ObservationSpec(kind="planes", shape=(10, 10, 4)),
+    ObservationSpec(kind="planes", shape=(4, 10, 10), channels_first=True),
+    ObservationSpec(kind="image", shape=(12, 12, 3)),
+    ObservationSpec(kind="image", shape=(84, 84, 4)),
+    ObservationSpec(kind="image", shape=(4, 84, 84), channels_first=True),
+]
+
+
+def observe(spec: ObservationSpec, count: int = 5, seed: int = 0) -> torch.Tensor:
+    high = {"vector": 3, "discrete": spec.shape[0], "planes": 2, "image": 256}[spec.kind]
+    values = np.random.default_rng(seed).integers(high, size=(count, *spec.stored_shape))
+    return torch.from_numpy(values.astype(spec.dtype))
+
+
+@pytest.mark.parametrize("observation", OBSERVATIONS, ids=lambda spec: spec.key)
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_every_observation_kind(observation: ObservationSpec, layer_norm: bool) -> None:
+    spec = NetworkSpec(
+        size=NetworkSize(conv_channels=4, features=8, torso=(6,), layer_norm=layer_norm),
+        environments={"a": EnvironmentSpec(observation=observation, actions=3)},
+        output="q_values",
+    )
+    network = build_network(spec, 0)
+    outputs = network(observe(observation), "a")
+    assert outputs.shape == (5, 3) and outputs.dtype == torch.float32
+    one_by_one = torch.cat([network(row.unsqueeze(0), "a") for row in observe(observation)])
+    torch.testing.assert_close(outputs, one_by_one, rtol=1e-4, atol=1e-5)
+    outputs.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+def test_patches_are_a_convolution() -> None:
+    observation = ObservationSpec(kind="planes", shape=(10, 10, 4))
+    adapter = PlanesAdapter(observation, 6, 8, layer_norm=False)
+    planes = observe(observation, 3)
+    kernel = adapter.convolution.weight.view(6, 4, 3, 3)
+    maps = functional.conv2d(planes.permute(0, 3, 1, 2).float(), kernel, adapter.convolution.bias).relu()
+    expected = functional.relu(adapter.dense(maps.permute(0, 2, 3, 1).reshape(3, -1)))
+    torch.testing.assert_close(adapter(planes), expected)
+
+
+def test_equal_shapes_share_an_adapter_and_every_environment_has_its_head() -> None:
+    vector, planes = OBSERVATIONS[0], OBSERVATIONS[2]
+    spec = NetworkSpec(
+        size=NetworkSize(features=8),
+        environments={
+            "a": EnvironmentSpec(observation=vector, actions=2),
+            "b": EnvironmentSpec(observation=vector, actions=3),
+            "c": EnvironmentSpec(observation=planes, actions=6),
+        },
+        output="logits",
+    )
+    network = build_network(spec, 0)
+    assert set(network.adapters) == {"vector_4", "planes_10x10x4"} and set(network.heads) == {"a", "b", "c"}
+    network(observe(vector), "a").sum().backward()
+    assert network.heads["b"].weight.grad is None
+    assert parameter_count(network) == sum(p.numel() for p in network.parameters())
+
+
+def test_the_seed_decides_the_weights_and_nothing_else_moves() -> None:
+    spec = NetworkSpec(
+        size=NetworkSize(),
+        environments={"a": EnvironmentSpec(observation=OBSERVATIONS[0], actions=2)},
+        output="logits",
+    )
+    before = torch.random.get_rng_state()
+    first, again, other = (build_network(spec, seed).state_dict() for seed in (1, 1, 2))
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def small() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+
+
+def test_flat_step_equals_torchs_adam_with_clipping() -> None:
+    flat_network, plain_network = small(), small()
+    flat = FlatParameters(flat_network, 0.01)
+    optimizer = torch.optim.Adam(plain_network.parameters(), 0.01)
+    inputs = torch.randn(20, 5, 3, generator=torch.Generator().manual_seed(1)) * 10
+    for batch in inputs:
+        flat.zero_gradient()
+        flat_network(batch).square().sum().backward()
+        flat.step(0.01, max_gradient_norm=1.0)
+        optimizer.zero_grad()
+        plain_network(batch).square().sum().backward()
+        torch.nn.utils.clip_grad_norm_(plain_network.parameters(), 1.0)
+        optimizer.step()
+    for left, right in zip(flat_network.parameters(), plain_network.parameters(), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
+
+
+def test_frozen_parameters_do_not_move_until_unfrozen() -> None:
+    network = small()
+    flat = FlatParameters(network, 0.01)
+    before = copy.deepcopy(network.state_dict())
+    assert flat.freeze(["0."]) == ["0.weight", "0.bias"]
+
+    def step() -> None:
+        flat.zero_gradient()
+        network(torch.ones(2, 3)).sum().backward()
+        flat.step(0.01)
+
+    step()
+    assert torch.equal(network.state_dict()["0.weight"], before["0.weight"])
+    assert not torch.equal(network.state_dict()["2.weight"], before["2.weight"])
+    flat.unfreeze()
+    step()
+    assert not torch.equal(network.state_dict()["0.weight"], before["0.weight"])
