@@ -43,7 +43,7 @@ def fine_tune(context: StageContext) -> None:
         dataset = Dataset.open(Path("data/datasets") / f"{source}-s{seed}")
         explained = fit_head(network, name, dataset, dataset.schema.output)
     learner = make_learner(learner_settings, name, environment, seed, context.device, network)
-    frozen = tensors.kept if mode == "frozen" else []
+    frozen = [key for key in tensors.kept if not key.startswith("heads.")] if mode == "frozen" else []
     run = FineTuning(config, learner, environment, learner_settings["env_steps"], frozen, seed)
     if saved := context.scratch.load():
         run.set_state(saved)

@@ -101,11 +101,11 @@ def make(config: EnvironmentConfig, render_mode: str | None = None) -> gymnasium
         StillhouseError: unknown id or module, or options the environment does not take.
     """
     _load(config)
+    # An environment that cannot draw need not take the argument.
+    shown = {} if render_mode is None else {"render_mode": render_mode}
     try:
         with _quiet():
-            return gymnasium.make(
-                config.id, render_mode=render_mode, disable_env_checker=True, **_arguments(config)
-            )
+            return gymnasium.make(config.id, disable_env_checker=True, **shown, **_arguments(config))
     except Exception as error:  # noqa: BLE001 - constructors of any origin
         raise _refused(config, error) from error
 
