@@ -80,10 +80,9 @@ def smallest_unsigned(count: int) -> np.dtype[Any]:
 
 
 def pack(observations: np.ndarray, spec: ObservationSpec) -> np.ndarray:
-    """Observations ``[B, ...]`` in the environment's type to the stored form: planes to bits, discrete to few
-    bytes."""
+    """Observations ``[B, ...]`` to the stored form: planes to bits, discrete to the smallest integers."""
     if spec.kind == "planes":
-        return np.packbits(observations.reshape(len(observations), -1), axis=1)
+        return np.packbits(observations.reshape(len(observations), math.prod(spec.shape)), axis=1)
     return observations.astype(_packed_form(spec)[0], copy=False)
 
 

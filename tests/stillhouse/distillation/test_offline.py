@@ -1,0 +1,348 @@
+"""Offline distillation: it learns, it resumes exactly, it keeps to its budget, it stops for a reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from stillhouse.checkpoint import load_state, save_state
+from stillhouse.config import parse
+from stillhouse.datasets.reader import Dataset
+from stillhouse.datasets.schema import SCHEMA_FILE, DatasetSchema
+from stillhouse.datasets.writer import ShardWriter
+from stillhouse.distillation.offline import Distillation, DistillationConfig, size_for_budget
+from stillhouse.errors import StillhouseError
+from stillhouse.files import replace_folder, write_json
+from stillhouse.networks.multi_task import (
+    MultiTaskNetwork,
+    NetworkSize,
+    NetworkSpec,
+    build_network,
+    parameter_count,
+)
+from stillhouse.types import EnvironmentSpec, ObservationSpec, OutputKind
+
+ENVIRONMENTS = {
+    "line": EnvironmentSpec(observation=ObservationSpec(kind="vector", shape=(3,)), actions=2),
+    "grid": EnvironmentSpec(observation=ObservationSpec(kind="discrete", shape=(12,)), actions=4),
+    "pixels": EnvironmentSpec(observation=ObservationSpec(kind="planes", shape=(5, 5, 2)), actions=3),
+}
+SMALL = NetworkSize(conv_channels=16, features=32, torso=(32,))
+
+
+def make_dataset(
+    path: Path,
+    environment: EnvironmentSpec,
+    rows: int = 600,
+    scale: float = 1.0,
+    offset: float = 0.0,
+    output: OutputKind = "q_values",
+    outputs: np.ndarray | None = None,
+) -> Dataset:
+    """A teacher that is linear in its observation, on random observations, in episodes of 10."""
+    random = np.random.default_rng(1)
+    spec = environment.observation
+    if spec.kind == "vector":
+        observations = random.normal(size=(rows, *spec.shape)).astype(np.float32)
+        flat = observations
+    elif spec.kind == "discrete":
+        observations = random.integers(spec.shape[0], size=rows)
+        flat = np.eye(spec.shape[0])[observations]
+    else:
+        observations = random.random((rows, *spec.shape)) < 0.3
+        flat = observations.reshape(rows, -1)
+    if outputs is None:
+        outputs = (flat @ random.normal(size=(flat.shape[1], environment.actions)) * scale + offset).astype(
+            np.float32
+        )
+    ends = np.arange(rows) % 10 == 9
+    with replace_folder(path) as folder:
+        writer = ShardWriter(folder, environment, rows)
+        writer.append(
+            observations,
+            outputs=outputs,
+            actions=outputs.argmax(1),
+            rewards=np.zeros(rows),
+            terminated=ends,
+            truncated=np.zeros(rows),
+            episodes=np.arange(rows) // 10,
+        )
+        writer.append_final(np.arange(rows // 10), observations[ends])
+        writer.close()
+        schema = DatasetSchema(
+            environment_id="test",
+            environment=environment,
+            output=output,
+            teacher="0" * 64,
+            teacher_parameters=10_000,
+            epsilon=0.05,
+            shard_rows=writer.shard_rows,
+            episodes=rows // 10,
+            mean_return=None,
+            mean_action_gap=0,
+        )
+        write_json(folder / SCHEMA_FILE, schema.model_dump(mode="json"))
+    return Dataset.open(path)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Dataset]:
+    folder = tmp_path_factory.mktemp("datasets")
+    return {
+        name: make_dataset(folder / name, environment, rows=2000)
+        for name, environment in ENVIRONMENTS.items()
+    }
+
+
+def config(**settings) -> DistillationConfig:
+    defaults = {
+        "batch_size": 32,
+        "updates": 300,
+        "evaluation_interval": 50,
+        "learning_rate": 5e-3,
+        "size": SMALL,
+    }
+    return DistillationConfig(**{**defaults, **settings})
+
+
+def weights(network: MultiTaskNetwork) -> torch.Tensor:
+    return torch.cat([parameter.detach().reshape(-1) for parameter in network.parameters()])
+
+
+@pytest.mark.parametrize("loss", ["kl", "nll", "mse"])
+def test_every_loss_learns_all_environments(loss: str, datasets: dict[str, Dataset]) -> None:
+    distillation = Distillation(config(loss=loss), datasets, seed=0)
+    reports = list(distillation.train())
+    assert [report.done for report in reports] == [50, 100, 150, 200, 250, 300]
+    assert reports[-1].metrics["loss/distill"] < reports[0].metrics["loss/distill"] / 2
+    for name in datasets:
+        assert distillation.best[f"agreement/{name}"] > 0.8
+    student = distillation.student()
+    assert student.spec.output == ("q_values" if loss == "mse" else "logits")
+    for name, dataset in datasets.items():
+        rows = np.arange(len(dataset))
+        with torch.no_grad():
+            outputs = student(torch.from_numpy(dataset.observations(rows)), name).numpy()
+        assert (outputs.argmax(1) == dataset.outputs(rows).argmax(1)).mean() > 0.8
+        fresh = network_of(student.spec.size)
+        with torch.no_grad():
+            guesses = fresh(torch.from_numpy(dataset.observations(rows)), name).numpy()
+        assert (guesses.argmax(1) == dataset.outputs(rows).argmax(1)).mean() < 0.75
+
+
+def test_an_mse_student_has_the_teachers_q_values(tmp_path: Path) -> None:
+    # Far from 0 and of different scales: what the head's bias alone would not reach in 600 updates.
+    datasets = {
+        "line": make_dataset(tmp_path / "line", ENVIRONMENTS["line"], scale=30, offset=-500),
+        "grid": make_dataset(tmp_path / "grid", ENVIRONMENTS["grid"], scale=0.1, offset=3),
+    }
+    distillation = Distillation(
+        config(loss="mse", updates=600, normalise_mse=True, patience=0), datasets, seed=0
+    )
+    list(distillation.train())
+    student = distillation.student()
+    for name, dataset in datasets.items():
+        rows = np.arange(len(dataset))
+        with torch.no_grad():
+            outputs = student(torch.from_numpy(dataset.observations(rows)), name).numpy()
+        teacher = dataset.outputs(rows)
+        assert np.square(outputs - teacher).mean() < 0.05 * teacher.var()
+
+
+def test_resumed_and_uninterrupted_end_in_the_same_bytes(
+    tmp_path: Path, datasets: dict[str, Dataset]
+) -> None:
+    whole = Distillation(config(), datasets, seed=3)
+    reports = list(whole.train())
+    first = Distillation(config(), datasets, seed=3)
+    training = first.train()
+    next(training)
+    next(training)
+    save_state(tmp_path / "state", first.get_state())
+    next(training)  # what comes after the save is lost
+    second = Distillation(config(), datasets, seed=3)
+    second.set_state(load_state(tmp_path / "state"))
+    rest = list(second.train())
+    assert [report.metrics for report in rest] == [report.metrics for report in reports[2:]]
+    assert second.best == whole.best
+    assert torch.equal(weights(second.student()), weights(whole.student()))
+    assert torch.equal(second.parameters.values, whole.parameters.values)
+
+
+def test_the_seed_decides(datasets: dict[str, Dataset]) -> None:
+    def trained(seed: int) -> torch.Tensor:
+        distillation = Distillation(config(updates=50), datasets, seed)
+        list(distillation.train())
+        return weights(distillation.student())
+
+    assert torch.equal(trained(0), trained(0))
+    assert not torch.equal(trained(0), trained(1))
+
+
+def test_the_best_measurement_is_the_result(datasets: dict[str, Dataset]) -> None:
+    # A learning rate this high goes up and down.
+    distillation = Distillation(config(learning_rate=0.3, linear_decay=False, patience=0), datasets, seed=0)
+    agreements, students = [], []
+    for report in distillation.train():
+        agreements.append(report.metrics["eval/agreement"])
+        students.append(distillation.parameters.values.detach().clone())
+    best = int(np.argmax(agreements))
+    assert best < len(agreements) - 1
+    assert distillation.best["update"] == 50 * (best + 1)
+    assert torch.equal(weights(distillation.student()), students[best])
+
+
+def test_early_stopping(datasets: dict[str, Dataset]) -> None:
+    settings = {"learning_rate": 0.3, "linear_decay": False, "updates": 5000, "evaluation_interval": 5}
+    distillation = Distillation(config(patience=3, **settings), datasets, seed=0)
+    reports = list(distillation.train())
+    assert distillation.finished
+    assert distillation.updates < 5000
+    agreements = [report.metrics["eval/agreement"] for report in reports]
+    assert max(agreements[-3:]) <= max(agreements[:-3])
+    assert not Distillation(config(patience=3, **settings), datasets, seed=0).finished
+
+
+def test_held_out_episodes_are_never_trained_on(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "line", ENVIRONMENTS["line"])
+    used: list[np.ndarray] = []
+    distillation = Distillation(config(updates=100, holdout_fraction=0.3), {"line": dataset}, seed=0)
+    gather = dataset.observations
+    dataset.observations = lambda rows: (used.append(rows), gather(rows))[1]
+    distillation._train_interval()
+    trained = set(dataset.episodes[np.concatenate(used)].tolist())
+    used.clear()
+    distillation._agreement(distillation._sources[0])
+    held = set(dataset.episodes[np.concatenate(used)].tolist())
+    assert len(trained) + len(held) == 60
+    assert len(held) == 18
+    assert not trained & held
+
+
+def test_weights_act_on_their_environment(datasets: dict[str, Dataset]) -> None:
+    def losses(**settings) -> dict[str, float]:
+        distillation = Distillation(config(size=NetworkSize(features=4), **settings), datasets, seed=0)
+        *_, last = distillation.train()
+        return last.metrics
+
+    equal = losses()
+    heavy = losses(weights={"grid": 100.0})
+    assert heavy["loss/grid"] < equal["loss/grid"]
+    assert heavy["loss/line"] > equal["loss/line"]
+    total = (heavy["loss/line"] + 100 * heavy["loss/grid"] + heavy["loss/pixels"]) / 102
+    assert heavy["loss/distill"] == pytest.approx(total, rel=1e-6)
+
+
+def test_normalised_mse_weighs_small_q_values_as_much_as_large_ones(tmp_path: Path) -> None:
+    datasets = {
+        "large": make_dataset(tmp_path / "large", ENVIRONMENTS["line"], scale=100),
+        "small": make_dataset(tmp_path / "small", ENVIRONMENTS["line"], scale=0.1),
+    }
+    gradients = {}
+    for normalise in (False, True):
+        distillation = Distillation(config(loss="mse", normalise_mse=normalise), datasets, seed=0)
+        losses = torch.stack([distillation._loss(source) for source in distillation._sources])
+        (losses * distillation._weights).sum().backward()
+        heads = distillation.network.heads
+        gradients[normalise] = [heads[name].weight.grad.norm().item() for name in datasets]
+    assert gradients[False][0] > 1e4 * gradients[False][1]
+    assert 0.2 < gradients[True][0] / gradients[True][1] < 5
+
+
+@pytest.mark.parametrize("fraction", [0.02, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_the_parameter_budget_is_kept_and_used(
+    fraction: float, layer_norm: bool, datasets: dict[str, Dataset]
+) -> None:
+    size = NetworkSize(conv_channels=16, features=64, torso=(32, 32), layer_norm=layer_norm)
+    distillation = Distillation(config(size=size, parameter_fraction=fraction), datasets, seed=0)
+    count = parameter_count(distillation.network)
+    assert 0.7 * fraction * 30_000 < count <= fraction * 30_000
+    assert distillation.network.spec.size.layer_norm == layer_norm
+    assert distillation.teacher_parameters == 30_000
+
+
+def test_the_largest_network_within_the_budget_is_found() -> None:
+    size = NetworkSize(conv_channels=16, features=64, torso=(32,))
+    previous = 0
+    for budget in range(400, 5000, 150):
+        found = size_for_budget(size, ENVIRONMENTS, budget)
+        assert found.features >= previous
+        previous = found.features
+    exact = parameter_count(network_of(found))
+    assert size_for_budget(size, ENVIRONMENTS, exact) == found
+    assert size_for_budget(size, ENVIRONMENTS, exact - 1) != found
+
+
+def network_of(size: NetworkSize) -> MultiTaskNetwork:
+    return build_network(NetworkSpec(size=size, environments=ENVIRONMENTS, output="logits"), 0)
+
+
+def test_a_budget_without_bounds_ends_at_the_widest_network() -> None:
+    size = size_for_budget(NetworkSize(features=8192), {"line": ENVIRONMENTS["line"]}, 10**12)
+    assert size.features == 8192
+
+
+def test_too_small_a_budget_names_the_minimum(datasets: dict[str, Dataset]) -> None:
+    with pytest.raises(StillhouseError, match=r"at most 30 parameters.*has (\d+)") as error:
+        Distillation(config(parameter_fraction=0.001), datasets, seed=0)
+    minimum = int(str(error.value).split(" has ")[1].split(";")[0])
+    assert parameter_count(network_of(size_for_budget(SMALL, ENVIRONMENTS, minimum))) == minimum
+
+
+def test_a_loss_that_is_not_finite_stops_without_a_result(tmp_path: Path) -> None:
+    outputs = np.zeros((600, 2), np.float32)
+    outputs[::7] = np.nan
+    datasets = {"line": make_dataset(tmp_path / "line", ENVIRONMENTS["line"], outputs=outputs)}
+    distillation = Distillation(config(), datasets, seed=0)
+    with pytest.raises(StillhouseError, match=r"not finite after 50 updates.*learning_rate"):
+        list(distillation.train())
+    with pytest.raises(StillhouseError, match="not been trained"):
+        distillation.student()
+
+
+def test_mse_needs_teachers_of_one_kind(tmp_path: Path) -> None:
+    datasets = {
+        "line": make_dataset(tmp_path / "line", ENVIRONMENTS["line"]),
+        "grid": make_dataset(tmp_path / "grid", ENVIRONMENTS["grid"], output="logits"),
+    }
+    with pytest.raises(StillhouseError, match=r"line q_values, grid logits"):
+        Distillation(config(loss="mse"), datasets, seed=0)
+    temperatures = [source.temperature for source in Distillation(config(), datasets, seed=0)._sources]
+    assert temperatures == [0.01, 1.0]
+    temperatures = [
+        source.temperature for source in Distillation(config(temperature=0.3), datasets, 0)._sources
+    ]
+    assert temperatures == [0.3, 0.3]
+
+
+def test_weights_for_an_unknown_environment_are_refused(datasets: dict[str, Dataset]) -> None:
+    with pytest.raises(StillhouseError, match=r"weights: gird.*line, grid, pixels"):
+        Distillation(config(weights={"gird": 2.0}), datasets, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", 0),
+        ("loss", "l1"),
+        ("weights", {"line": 0}),
+        ("holdout_fraction", 0),
+        ("updates", 0),
+        ("tau", 1),
+    ],
+)
+def test_bad_parameters_are_named(field: str, value: object) -> None:
+    with pytest.raises(StillhouseError, match=f"^distill_student.x.{field}"):
+        parse(DistillationConfig, {field: value}, "distill_student.x")
