@@ -1,0 +1,733 @@
+"""The report's page: results to one self-contained HTML text. Pure: the same bytes for the same results.
+
+Everything is inline (style, SVG), nothing is fetched. Colours follow roles, from a palette that colour-blind
+readers can tell apart (blue, copper, green, grey): lines are labelled where they end, so that none needs a legend.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+import numpy as np
+
+from stillhouse.evaluation.statistics import SEEDS_FOR_INTERVALS, Estimate
+from tasks.results import Results, Run, StudentSummary, Summary, TransferRow
+
+MODE_COLOURS = {"full": "student", "frozen": "green", "scratch": "grey"}
+_FEW = (
+    "no",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+)
+
+
+def render(results: Results, summary: Summary) -> str:
+    """The whole page."""
+    sections = [_students_section(results, name, student) for name, student in summary.students.items()]
+    body = "".join(
+        [
+            _header(results, summary),
+            *sections,
+            _teachers_section(results),
+            _transfer_section(results, summary),
+            _method_section(results),
+        ]
+    )
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{escape(results.title)} · {escape(results.suite)}</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"<body>\n<main>\n{body}</main>\n</body>\n</html>\n"
+    )
+
+
+# --- numbers and words ------------------------------------------------------------------------------------------
+
+
+def _count(number: int, noun: str) -> str:
+    word = _FEW[number] if number < len(_FEW) else f"{number:,}"
+    return f"{word} {noun}{'' if number == 1 else 's'}"
+
+
+def _number(value: float, digits: int = 3) -> str:
+    """About three significant digits, a proper minus, no exponent."""
+    if not math.isfinite(value):
+        return "–"
+    decimals = 0 if value == 0 else max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    # Rounding first and adding 0 leaves no "−0".
+    return f"{round(value, min(decimals, 2)) + 0.0:,.{min(decimals, 2)}f}".replace("-", "−")
+
+
+def _signed(value: float) -> str:
+    return ("+" if value > 0 else "") + _number(value)
+
+
+def _short(value: float) -> str:
+    """``1.5M``, ``200k``, ``50``."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{letter}".replace("-", "−")
+    return f"{value:.3g}".replace("-", "−")
+
+
+def _spread(value: Estimate, form: object = None) -> str:
+    """What stands under a number: its points below 5 seeds, its interval from there on."""
+    write = form if callable(form) else _number
+    if value.interval is not None:
+        return f"{write(value.interval[0])} to {write(value.interval[1])}"
+    return " · ".join(str(write(point)) for point in value.points) if len(value.points) > 1 else ""
+
+
+def _cell(value: Estimate | None, form: object = None, strong: bool = False, missing: str = "–") -> str:
+    if value is None:
+        return f'<td class="num">{missing}</td>'
+    write = form if callable(form) else _number
+    text = f"<b>{write(value.value)}</b>" if strong else str(write(value.value))
+    return f'<td class="num">{text}<span class="spread">{_spread(value, write)}</span></td>'
+
+
+def _score(value: float) -> str:
+    return f"{value:.2f}".replace("-", "−")
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %" if value < 0.9995 else "100 %"
+
+
+def _section(title: str, lead: str, content: str, anchor: str) -> str:
+    lead = f'<p class="lead">{lead}</p>' if lead else ""
+    return f'<section id="{escape(anchor)}">\n<h2>{title}</h2>\n{lead}\n{content}\n</section>\n'
+
+
+def _table(head: Sequence[str], rows: Sequence[str], caption: str, left: int = 1) -> str:
+    cells = "".join(
+        f'<th scope="col"{"" if i < left else " class=num"}>{name}</th>' for i, name in enumerate(head)
+    )
+    return (
+        f'<div class="scroll"><table><thead><tr>{cells}</tr></thead>'
+        f'<tbody>{"".join(rows)}</tbody></table></div><p class="note">{caption}</p>'
+    )
+
+
+# --- charts -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Line:
+    """Curves of one kind, one for each seed: ``x [N]`` and ``y [N]`` each; drawn thin, with their mean over it."""
+
+    label: str
+    colour: str
+    runs: list[tuple[Sequence[float], Sequence[float]]]
+
+    def mean(self) -> tuple[np.ndarray, np.ndarray]:
+        """The mean curve on all x that every run reaches."""
+        xs = np.unique(np.concatenate([np.asarray(x, np.float64) for x, _ in self.runs]))
+        low, high = max(x[0] for x, _ in self.runs), min(x[-1] for x, _ in self.runs)
+        xs = xs[(xs >= low) & (xs <= high)]
+        return xs, np.mean([np.interp(xs, x, y) for x, y in self.runs], axis=0)
+
+
+def _ticks(low: float, high: float, most: int) -> list[float]:
+    """At most ``most`` round numbers between ``low`` and ``high``."""
+    span = max(high - low, 1e-12)
+    for exponent in range(math.floor(math.log10(span / most)), 20):
+        for step in (1, 2, 5):
+            size = step * 10.0**exponent
+            first, last = math.ceil(low / size - 1e-9), math.floor(high / size + 1e-9)
+            if last - first < most:
+                return [round(i * size, 12) for i in range(first, last + 1)]
+    return [low]
+
+
+def _chart(
+    lines: Sequence[Line],
+    title: str,
+    x_label: str,
+    rules: Sequence[tuple[str, float]] = (),
+    y_range: tuple[float, float] | None = None,
+    size: tuple[int, int] = (340, 214),
+    percent: bool = False,
+) -> str:
+    """Small chart of curves, with horizontal ``rules`` (label, y); labels stand at the lines' ends."""
+    width, height = size
+    labels = [line.label for line in lines if line.label] + [label for label, _ in rules]
+    left, right, top, bottom = 42, 12 + max((6.3 * len(label) for label in labels), default=0), 10, 34
+    lines = [line for line in lines if all(len(x) for x, _ in line.runs)]
+    values = [v for line in lines for _, y in line.runs for v in y if math.isfinite(v)] + [
+        y for _, y in rules
+    ]
+    if not lines or not values:
+        return f'<figure class="chart"><figcaption>{title}</figcaption><p class="note">no curve</p></figure>'
+    low, high = y_range or (min(values), max(values))
+    if y_range is None:
+        pad = 0.06 * (high - low) or max(1.0, abs(high) * 0.1)
+        low, high = low - pad, high + pad
+    end = max(float(x[-1]) for line in lines for x, _ in line.runs) or 1.0
+
+    def sx(x: float) -> float:
+        return left + (width - left - right) * x / end
+
+    def sy(y: float) -> float:
+        return top + (height - top - bottom) * (1 - (min(max(y, low), high) - low) / (high - low))
+
+    def path(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> str:
+        points = [(sx(float(a)), sy(float(b))) for a, b in zip(x, y, strict=True) if math.isfinite(b)]
+        return "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in points) if points else ""
+
+    parts = []
+    for y in _ticks(low, high, 5):
+        text = f"{100 * y:.0f} %" if percent else _short(y)
+        parts.append(f'<path class="grid" d="M{left} {sy(y):.1f}H{width - right:.1f}"/>')
+        parts.append(
+            f'<text class="tick" x="{left - 7}" y="{sy(y) + 3.5:.1f}" text-anchor="end">{text}</text>'
+        )
+    for x in _ticks(0, end, 6):
+        parts.append(
+            f'<text class="tick" x="{sx(x):.1f}" y="{height - bottom + 15}" text-anchor="middle">{_short(x)}</text>'
+        )
+    middle = (left + width - right) / 2
+    parts.append(
+        f'<text class="axis" x="{middle:.1f}" y="{height - 4}" text-anchor="middle">{escape(x_label)}</text>'
+    )
+    ends: list[tuple[float, str, str]] = []
+    for label, y in rules:
+        parts.append(f'<path class="rule" d="M{left} {sy(y):.1f}H{width - right:.1f}"/>')
+        ends.append((sy(y), label, "rule-label"))
+    for line in lines:
+        mean_x, mean_y = line.mean()
+        if len(line.runs) > 1:
+            parts += [f'<path class="run c-{line.colour}" d="{path(x, y)}"/>' for x, y in line.runs]
+        parts.append(f'<path class="mean c-{line.colour}" d="{path(mean_x, mean_y)}"/>')
+        if line.label and len(mean_y):
+            ends.append((sy(float(mean_y[-1])), line.label, f"f-{line.colour}"))
+    for y, label, kind in _apart(ends, 13, top + 4, height - bottom):
+        parts.append(
+            f'<text class="label {kind}" x="{width - right + 6:.1f}" y="{y + 4:.1f}">{escape(label)}</text>'
+        )
+    return (
+        f'<figure class="chart"><figcaption>{title}</figcaption>'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(x_label)} and curves">'
+        f"{''.join(parts)}</svg></figure>"
+    )
+
+
+def _apart(
+    ends: list[tuple[float, str, str]], gap: float, top: float, bottom: float
+) -> list[tuple[float, str, str]]:
+    """Labels moved so that neighbours stand ``gap`` apart, inside ``top..bottom`` and in their order."""
+    placed: list[tuple[float, str, str]] = []
+    for y, label, kind in sorted(ends):
+        placed.append((max(y, placed[-1][0] + gap if placed else top), label, kind))
+    for i in range(len(placed) - 1, -1, -1):
+        limit = bottom if i == len(placed) - 1 else placed[i + 1][0] - gap
+        placed[i] = (min(placed[i][0], limit), *placed[i][1:])
+    return placed
+
+
+@dataclass(frozen=True)
+class Strip:
+    """The scale on which scores stand between random play (0) and the teacher (1)."""
+
+    low: float
+    high: float
+    width: int = 190
+
+    def x(self, value: float) -> float:
+        """Where a score stands; what lies outside stands at the edge."""
+        share = (min(max(value, self.low), self.high) - self.low) / (self.high - self.low)
+        return 6 + (self.width - 12) * share
+
+    def head(self) -> str:
+        """The two ends' names, above their ticks."""
+        return (
+            f'<svg class="ends" viewBox="0 0 {self.width} 14" role="img" aria-label="from random to teacher">'
+            f'<text x="{self.x(0) - 1:.1f}" y="11">random</text>'
+            f'<text x="{self.x(1):.1f}" y="11" text-anchor="middle">teacher</text></svg>'
+        )
+
+    def cell(self, score: Estimate | None) -> str:
+        """A dot per seed; from 5 seeds on the estimate and its interval."""
+        if score is None:
+            return '<td class="strip"></td>'
+        parts = [
+            f'<path class="track" d="M{self.x(self.low):.1f} 13H{self.x(self.high):.1f}"/>',
+            f'<path class="mark" d="M{self.x(0):.1f} 5V21"/>',
+            f'<path class="mark teacher" d="M{self.x(1):.1f} 3V23"/>',
+        ]
+        dots = score.points
+        if score.interval is not None:
+            start, end = (self.x(value) for value in score.interval)
+            parts.append(f'<path class="interval" d="M{start:.1f} 13H{end:.1f}"/>')
+            dots = (score.value,)
+        parts += [f'<circle class="dot" cx="{self.x(dot):.1f}" cy="13" r="4.5"/>' for dot in dots]
+        label = f"normalised score {_score(score.value)}"
+        return (
+            f'<td class="strip"><svg viewBox="0 0 {self.width} 26" role="img" aria-label="{label}">'
+            f"{''.join(parts)}</svg></td>"
+        )
+
+
+# --- sections ---------------------------------------------------------------------------------------------------
+
+
+def _header(results: Results, summary: Summary) -> str:
+    facts = [
+        f"suite <b>{escape(results.suite)}</b>",
+        f"{_count(len(results.teachers), 'teacher')}",
+        f"{_count(len(summary.students), 'student')}",
+        f"{_count(len(summary.transfer), 'transfer target')}",
+        f"seeds {', '.join(str(seed) for seed in results.seeds)}",
+    ]
+    parts = [
+        f'<header>\n<p class="kicker">{escape(results.title)}</p>\n',
+        f"<h1>{_headline(summary)}</h1>\n",
+        f'<p class="facts">{" <i>·</i> ".join(facts)}</p>\n',
+    ]
+    return "".join(parts) + "</header>\n"
+
+
+def _headline(summary: Summary) -> str:
+    if not summary.students:
+        return "Teachers, before any student"
+    name, student = max(
+        summary.students.items(),
+        key=lambda item: item[1].overall.geometric_mean.value if item[1].overall.geometric_mean else -1.0,
+    )
+    teachers = _count(len(student.rows), "teacher")
+    size = f"{student.parameters:,} parameters"
+    share = student.compression
+    smaller = (
+        f", {share:.0f} times fewer than {'they have' if len(student.rows) > 1 else 'it has'}"
+        if share >= 2
+        else ""
+    )
+    if student.overall.geometric_mean is None:
+        return f"{teachers.capitalize()}, one network of {size}{smaller}"
+    kept = student.overall.geometric_mean.value
+    who = f"The student {escape(name)} keeps" if len(summary.students) > 1 else "It keeps"
+    return (
+        f"{teachers.capitalize()}, one network of {size}{smaller}. "
+        f"<em>{who} {100 * kept:.0f} % of what they gained over random play.</em>"
+    )
+
+
+def _tile(value: str, label: str, note: str) -> str:
+    return f'<div class="tile"><p class="value">{value}</p><p class="what">{label}</p><p class="note">{note}</p></div>'
+
+
+def _tiles(student: StudentSummary, seeds: int) -> str:
+    overall = student.overall
+    tiles = []
+    if overall.geometric_mean is not None:
+        spread = _spread(overall.geometric_mean, _score)
+        kind = "95 % interval" if overall.geometric_mean.interval else "each seed"
+        tiles.append(
+            _tile(
+                _score(overall.geometric_mean.value),
+                "geometric mean of the normalised scores",
+                f"{kind}: {spread}" if spread else "one seed",
+            )
+        )
+    if overall.interquartile_mean is not None and overall.interquartile_mean.interval is not None:
+        tiles.append(
+            _tile(
+                _score(overall.interquartile_mean.value),
+                "interquartile mean (IQM)",
+                f"95 % interval: {_spread(overall.interquartile_mean, _score)}",
+            )
+        )
+    if overall.worst is not None:
+        worst = overall.environments[overall.worst]
+        tiles.append(_tile(_score(worst.value), "worst environment", escape(overall.worst)))
+    tiles.append(
+        _tile(
+            f"{student.compression:.1f}×",
+            "smaller than its teachers together",
+            f"{student.parameters:,} of {student.teacher_parameters:,} parameters",
+        )
+    )
+    return f'<div class="tiles">{"".join(tiles)}</div>'
+
+
+def _students_section(results: Results, name: str, student: StudentSummary) -> str:
+    seeds = len(results.seeds)
+    settings = results.settings["distill_student"][name]
+    scores = [row.score for row in student.rows if row.score is not None]
+    low = min([0.0, *(point for score in scores for point in score.points)])
+    high = max([1.15, *(point for score in scores for point in score.points)])
+    strip = Strip(low, high)
+    shown = (
+        "points are seeds" if seeds < SEEDS_FOR_INTERVALS else "bars are 95 % bootstrap intervals over seeds"
+    )
+    rows = [
+        f'<tr><th scope="row">{escape(row.environment)}<span class="spread">'
+        f"{escape(results.ids[row.environment])}</span></th>"
+        + _cell(row.random)
+        + _cell(row.teacher)
+        + _cell(row.student)
+        + _cell(row.score, _score, strong=True, missing="undefined")
+        + strip.cell(row.score)
+        + f'<td class="num">{row.teacher_parameters:,}</td></tr>'
+        for row in student.rows
+    ]
+    rows.append(
+        '<tr class="total"><th scope="row">all<span class="spread">geometric mean</span></th>'
+        "<td></td><td></td><td></td>"
+        + _cell(student.overall.geometric_mean, _score, strong=True)
+        + strip.cell(student.overall.geometric_mean)
+        + f'<td class="num">{student.teacher_parameters:,}<span class="spread">student '
+        f"{student.parameters:,}</span></td></tr>"
+    )
+    episodes = next(iter(results.evaluations[student.rows[0].environment].values())).get("episodes", "?")
+    table = _table(
+        [
+            "Environment",
+            "Random",
+            "Teacher",
+            "Student",
+            "Score",
+            strip.head(),
+            "Teacher’s parameters",
+        ],
+        rows,
+        f"Mean returns over {episodes} greedy test episodes per seed; {shown}. The score is (student − random) / "
+        "(teacher − random): the grey tick is random play, the copper one the teacher.",
+    )
+    notes = [
+        f"On <b>{escape(environment)}</b> the teacher is no better than random play, so no score is defined there; it "
+        "enters no aggregate."
+        for environment in student.overall.undefined
+    ]
+    notes += [
+        f"On <b>{escape(row.environment)}</b> {_percent(row.capped_share)} of the student’s episodes were ended by the "
+        "cap of 10,000 steps."
+        for row in student.rows
+        if row.capped_share > 0
+    ]
+    title = "The student" if len(results.students) == 1 else f"Student <code>{escape(name)}</code>"
+    loss = escape(str(settings.get("loss", "")).upper())
+    updates = results.students[name][results.seeds[0]]["updates"]
+    lead = f"<code>{escape(name)}</code>"
+    lead += f", distilled by {loss}" if loss else ""
+    lead += f" in {_short(updates)} updates"
+    lead += " from " + ", ".join(escape(row.environment) for row in student.rows) + "."
+    content = (
+        _tiles(student, seeds)
+        + table
+        + "".join(f'<p class="note warn">{note}</p>' for note in notes)
+        + _epsilon(student, results)
+        + "<h3>Agreement while distilling</h3>"
+        + '<p class="lead small">How often the student’s best action is the teacher’s, on held-out episodes.</p>'
+        + _agreement(results, name, student)
+        + "<h3>Size</h3>"
+        + _sizes(student, results)
+    )
+    return _section(title, lead, content, f"student-{name}")
+
+
+def _epsilon(student: StudentSummary, results: Results) -> str:
+    run = next(iter(results.evaluations[student.rows[0].environment].values()))
+    rows = [
+        f'<tr><th scope="row">{escape(row.environment)}</th>{_cell(row.score, _score)}{_cell(row.epsilon_score, _score)}'
+        f"{_cell(row.agreement, _percent)}</tr>"
+        for row in student.rows
+    ]
+    table = _table(
+        ["Environment", "Score, greedy", f"Score, ε {run.get('epsilon', 0.05):g}", "Agreement"],
+        rows,
+        "The same scores where student and teacher take a random action now and then; agreement at the end.",
+    )
+    return f"<details><summary>With a little noise</summary>{table}</details>"
+
+
+def _agreement(results: Results, name: str, student: StudentSummary) -> str:
+    curves = [results.students[name][seed]["curve"] for seed in results.seeds]
+    runs = {
+        row.environment: [(curve["updates"], curve[f"agreement_{row.environment}"]) for curve in curves]
+        for row in student.rows
+    }
+    # One scale for all, so that the charts can be compared.
+    low = math.floor(10 * min(value for pairs in runs.values() for _, y in pairs for value in y)) / 10
+    charts = [
+        _chart(
+            [Line(f"{100 * row.agreement.value:.0f} %", "student", runs[row.environment])],
+            escape(row.environment),
+            "updates",
+            y_range=(min(low, 0.9), 1.0),
+            percent=True,
+        )
+        for row in student.rows
+    ]
+    return f'<div class="charts">{"".join(charts)}</div>'
+
+
+def _sizes(student: StudentSummary, results: Results) -> str:
+    total = student.teacher_parameters
+    shades = len(student.rows)
+    x, segments = 0.0, []
+    for i, row in enumerate(student.rows):
+        share = 100 * row.teacher_parameters / total
+        opacity = 1 - 0.55 * i / max(1, shades)
+        segments.append(
+            f'<span class="segment" style="left:{x:.2f}%;width:{share:.2f}%;opacity:{opacity:.2f}"></span>'
+        )
+        x += share
+    names = " · ".join(f"{escape(row.environment)} {row.teacher_parameters:,}" for row in student.rows)
+    width = 100 * student.parameters / max(total, student.parameters)
+    return (
+        '<div class="bars">'
+        f'<p>Teachers together</p><div class="bar">{"".join(segments)}</div><p class="num">{total:,}</p>'
+        f'<p>Student</p><div class="bar"><span class="segment student" style="left:0;width:{width:.2f}%"></span></div>'
+        f'<p class="num">{student.parameters:,}</p></div><p class="note">Parameters. {names}.</p>'
+    )
+
+
+def _teachers_section(results: Results) -> str:
+    charts, rows = [], []
+    for name, runs in results.teachers.items():
+        random = float(np.mean([run["random"]["mean"] for run in results.evaluations[name].values()]))
+        curves = [(run["curve"]["env_steps"], run["curve"]["mean_return"]) for run in runs.values()]
+        charts.append(
+            _chart(
+                [Line("teacher", "teacher", curves)],
+                escape(results.ids[name]),
+                "env steps",
+                [("random", random)],
+            )
+        )
+        algorithm = escape(str(results.settings["train_teacher"][name].get("algorithm", "")).upper())
+        first = next(iter(runs.values()))
+        collected = next(iter(results.datasets[name].values())).get("transitions")
+        rows.append(
+            f'<tr><th scope="row">{escape(name)}<span class="spread">{escape(results.ids[name])}</span></th>'
+            f'<td>{algorithm}</td><td class="num">{first["env_steps"]:,}</td>'
+            f'<td class="num">{_short(float(np.mean([run["episodes"] for run in runs.values()])))}</td>'
+            f'<td class="num">{f"{collected:,}" if collected else "–"}</td>'
+            f'<td class="num">{first["parameters"]:,}</td></tr>'
+        )
+    table = _table(
+        ["Environment", "Algorithm", "Env steps", "Episodes", "Transitions collected", "Parameters"],
+        rows,
+        "What each teacher cost, per seed: its training, and the play collected from it for the student.",
+        left=2,
+    )
+    lead = "Mean return of recent training episodes, exploration included. Thin lines are seeds, the bold one their mean."
+    if len(results.seeds) == 1:
+        lead = "Mean return of recent training episodes, exploration included."
+    return _section("The teachers", lead, f'<div class="charts">{"".join(charts)}</div>{table}', "teachers")
+
+
+def _transfer_section(results: Results, summary: Summary) -> str:
+    if not summary.transfer:
+        return ""
+    cards = []
+    for target, rows in summary.transfer.items():
+        settings = results.settings["fine_tune"][target]
+        lines = []
+        for mode, runs in results.transfer[target].items():
+            curves = [(run["curve"]["env_steps"], run["curve"]["mean_return"]) for run in runs.values()]
+            lines.append(Line(mode, MODE_COLOURS[mode], curves))
+        random = float(
+            np.mean(
+                [run["random_return"] for runs in results.transfer[target].values() for run in runs.values()]
+            )
+        )
+        chart = _chart(
+            lines,
+            "Return of greedy play while fine-tuning",
+            "env steps",
+            [("random", random)],
+            size=(470, 280),
+        )
+        source = settings.get("source") or ""
+        what = f"same spaces as {escape(source)}" if source else "other spaces: new adapter and head"
+        cards.append(
+            f'<article><h3>{escape(target)} <span class="id">{escape(results.ids[target])}</span></h3>'
+            f'<p class="lead small">Student <code>{escape(settings["student"])}</code> · {what}</p>'
+            f'<div class="pair">{chart}<div>{_transfer_table(rows)}{_tensors(results.transfer[target])}</div></div>'
+            "</article>"
+        )
+    lead = (
+        "The student’s network moved to environments it never saw, against the same network from scratch with the same "
+        "budget of env steps. The teachers’ own training and collection (above) come on top."
+    )
+    return _section("Transfer", lead, f'<div class="cards">{"".join(cards)}</div>', "transfer")
+
+
+def _transfer_table(rows: list[TransferRow]) -> str:
+    body = []
+    kinds = {row.score_kind for row in rows if row.score is not None and row.mode != "scratch"}
+    for row in rows:
+        scratch = row.mode == "scratch"
+        if scratch or not row.steps_to_scratch:
+            steps = '<td class="num">–</td>'
+        else:
+            steps = _steps_cell(row.steps_to_scratch)
+        head = f'<th scope="row"><span class="f-{MODE_COLOURS[row.mode]}">{row.mode}</span></th>'
+        dash = '<td class="num">–</td>'
+        body.append(
+            f"<tr>{head}"
+            + (dash if scratch else _cell(row.jumpstart, _signed))
+            + _cell(row.area)
+            + (dash if scratch else _cell(row.score, _score if row.score_kind == "ratio" else _signed))
+            + steps
+            + _cell(row.final)
+            + "</tr>"
+        )
+    measure = "Area ratio" if kinds <= {"ratio"} else "Area difference"
+    return _table(
+        ["", "Jumpstart", "Area", measure, "Env steps to match", "Final"],
+        body,
+        "Area: mean return over the budget. To match: until scratch’s final return, median over seeds. "
+        + (
+            "Ratio: transfer’s area above random play, over scratch’s."
+            if kinds <= {"ratio"}
+            else "Scratch is not above random play, so areas are subtracted."
+        ),
+    )
+
+
+def _steps_cell(steps: list[float]) -> str:
+    """The median over seeds, where "never" counts as longer than any number; and what each seed did."""
+
+    def write(value: float) -> str:
+        return _short(value) if math.isfinite(value) else "never"
+
+    middle = float(np.median(steps))
+    reached = sum(math.isfinite(value) for value in steps)
+    few = " · ".join(write(value) for value in steps) if len(steps) > 1 else ""
+    spread = few if len(steps) < SEEDS_FOR_INTERVALS else f"{reached} of {len(steps)} seeds"
+    return f'<td class="num">{write(middle)}<span class="spread">{spread}</span></td>'
+
+
+def _tensors(modes: dict[str, dict[int, Run]]) -> str:
+    items = []
+    for mode, runs in modes.items():
+        tensors = next(iter(runs.values())).get("tensors")
+        if mode == "scratch" or not tensors:
+            continue
+        counts = " · ".join(f"{len(tensors[kind])} {kind}" for kind in ("kept", "sliced", "new"))
+        lists = "".join(
+            f"<dt>{kind}</dt><dd>{' '.join(f'<code>{escape(name)}</code>' for name in tensors[kind]) or 'none'}</dd>"
+            for kind in ("kept", "sliced", "new")
+        )
+        items.append(f"<details><summary>Tensors, {mode}: {counts}</summary><dl>{lists}</dl></details>")
+    return "".join(items)
+
+
+def _method_section(results: Results) -> str:
+    versions = "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>"
+        for name, value in sorted(results.environment.items())
+    )
+    hashes = "".join(
+        f"<tr><td><code>{escape(path)}</code></td><td><code>{digest[:16]}</code></td></tr>"
+        for path, digest in sorted(results.inputs.items())
+    )
+    content = (
+        f'<dl class="versions">{versions}</dl>'
+        f"<details><summary>{len(results.inputs)} input files and their SHA-256 (first 16 digits)</summary>"
+        f'<div class="scroll"><table class="hashes"><tbody>{hashes}</tbody></table></div></details>'
+        '<p class="note">Agents are judged at their last checkpoint, on test seeds that neither training nor validation '
+        "uses. Below 5 seeds every seed is shown as it is; from 5 on, 95 % stratified bootstrap intervals. Geometric means "
+        "are over max(score, 0.01).</p>"
+    )
+    return _section("How this was made", "", content, "method")
+
+
+STYLE = """
+:root{--paper:#fbfaf8;--card:#fff;--ink:#1d2127;--soft:#5d646e;--faint:#8b929c;--line:#e6e3dd;--grid:#eceae5;
+--student:#0b65a8;--teacher:#b4532a;--green:#0b7d63;--grey:#6d737c;--wash:#f3f0ea}
+@media (prefers-color-scheme:dark){:root{--paper:#14171b;--card:#1a1e23;--ink:#e8e6e1;--soft:#a6adb7;--faint:#7c848f;
+--line:#2b3138;--grid:#252a31;--student:#5fb0ea;--teacher:#e59468;--green:#4cc3a2;--grey:#9aa2ac;--wash:#20252b}}
+*{box-sizing:border-box}
+html{-webkit-text-size-adjust:100%}
+body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 ui-sans-serif,system-ui,-apple-system,"Segoe UI",
+Inter,Roboto,"Helvetica Neue",Arial,sans-serif;font-feature-settings:"kern","liga"}
+main{max-width:1080px;margin:0 auto;padding:64px 28px 96px}
+header{margin-bottom:56px}
+.kicker{margin:0 0 14px;color:var(--teacher);font-size:13px;font-weight:600;letter-spacing:.02em}
+h1{margin:0 0 18px;font-size:clamp(26px,4vw,40px);line-height:1.16;letter-spacing:-.022em;font-weight:680;max-width:24em;
+text-wrap:balance}
+h1 em{font-style:normal;color:var(--student)}
+.facts{margin:0;color:var(--soft);font-size:15px}.facts i{color:var(--faint);font-style:normal;margin:0 4px}
+section{margin-top:64px}
+h2{margin:0 0 6px;font-size:24px;letter-spacing:-.014em;line-height:1.25;font-weight:660}
+h3{margin:40px 0 2px;font-size:17px;font-weight:640;letter-spacing:-.006em}
+h3 .id{color:var(--faint);font-weight:400;font-size:14px;margin-left:6px}
+.lead{margin:0 0 24px;color:var(--soft);max-width:46em}.small{font-size:14.5px;margin-bottom:14px}
+.note{margin:10px 0 0;color:var(--soft);font-size:13.5px;max-width:56em}
+.warn{border-left:3px solid var(--teacher);padding-left:12px}
+code{font:.9em/1.4 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(200px,1fr));gap:1px;margin:0 0 32px;overflow:hidden;
+background:var(--line);border:1px solid var(--line);border-radius:12px}
+.tile{background:var(--card);padding:20px 22px}
+.tile p{margin:0}.value{font-size:34px;line-height:1.1;letter-spacing:-.02em;font-weight:640;
+font-variant-numeric:tabular-nums}
+.what{margin-top:6px!important;font-size:14px}.tile .note{font-size:13px;margin-top:2px;font-variant-numeric:tabular-nums}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;width:100%;font-size:15px;font-variant-numeric:tabular-nums}
+th,td{padding:11px 14px 11px 0;text-align:left;vertical-align:top;border-top:1px solid var(--line)}
+th:last-child,td:last-child{padding-right:0}
+thead th{border-top:0;padding-bottom:8px;color:var(--soft);font-size:13px;font-weight:500;vertical-align:bottom}
+tbody th{font-weight:560;white-space:nowrap}
+.num{text-align:right}td.num{min-width:76px}
+.spread{display:block;color:var(--faint);font-size:12.5px;font-weight:400}
+.total>*{border-top:1px solid var(--ink)}
+.strip{width:210px;padding-left:14px;vertical-align:middle}.strip svg{display:block;width:190px;height:26px;
+margin-left:auto}
+.ends{display:block;width:190px;height:14px;margin-left:auto;overflow:visible}
+thead .ends text{font-size:12px}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(300px,1fr));gap:22px 26px;margin:0 0 28px}
+.cards{display:grid;gap:22px}
+.pair{display:grid;grid-template-columns:minmax(0,8fr) minmax(0,10fr);gap:18px 34px}.pair>*{min-width:0}
+article{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:22px 24px;min-width:0}
+article h3{margin-top:0}article table{font-size:13.5px}article .note{font-size:12.5px}
+article th,article td{padding:8px 10px 8px 0}article .spread{font-size:11.5px}
+article thead th{font-size:12px}
+.chart{margin:0}figcaption{font-size:14px;font-weight:560;margin-bottom:4px}
+.chart svg{display:block;width:100%;height:auto;overflow:visible}
+svg text{font-family:inherit;font-size:11px;fill:var(--soft)}
+svg .tick{fill:var(--faint);font-variant-numeric:tabular-nums}svg .axis{fill:var(--faint)}
+svg .label{font-size:11.5px;font-weight:600}svg .rule-label{fill:var(--faint);font-weight:400}
+svg path{fill:none}.grid{stroke:var(--grid)}.rule{stroke:var(--faint);stroke-dasharray:3 4}
+.run{stroke-width:1;opacity:.4}.mean{stroke-width:2.2;stroke-linejoin:round;stroke-linecap:round}
+.c-student{stroke:var(--student)}.c-teacher{stroke:var(--teacher)}.c-green{stroke:var(--green)}.c-grey{stroke:var(--grey)}
+svg .f-student{fill:var(--student)}svg .f-teacher{fill:var(--teacher)}svg .f-green{fill:var(--green)}
+svg .f-grey{fill:var(--grey)}
+.f-student{color:var(--student)}.f-green{color:var(--green)}.f-grey{color:var(--grey)}
+.track{stroke:var(--line);stroke-width:2}.mark{stroke:var(--grey);stroke-width:1.5}
+.mark.teacher{stroke:var(--teacher);stroke-width:2}
+.interval{stroke:var(--student);stroke-width:6;opacity:.35;stroke-linecap:round}
+.dot{fill:var(--student);fill-opacity:.78;stroke:var(--paper)}
+.bars{display:grid;grid-template-columns:auto 1fr auto;gap:10px 16px;align-items:center;font-size:14.5px;margin-top:12px}
+.bars p{margin:0;font-variant-numeric:tabular-nums}
+.bar{position:relative;height:18px;border-radius:3px;background:var(--wash);overflow:hidden}
+.segment{position:absolute;top:0;bottom:0;background:var(--teacher);border-right:1px solid var(--paper)}
+.segment.student{background:var(--student);min-width:2px}
+details{margin-top:14px}summary{cursor:pointer;color:var(--soft);font-size:14px}
+summary:hover{color:var(--ink)}summary:focus-visible{outline:2px solid var(--student);outline-offset:3px}
+details dl{margin:10px 0 0;font-size:13px}details dt{color:var(--soft);margin-top:8px}details dd{margin:0;line-height:1.9}
+dd code{background:var(--wash);border-radius:4px;padding:2px 6px;white-space:nowrap}
+.versions{display:flex;flex-wrap:wrap;gap:12px 32px;margin:14px 0 6px}.versions dt{color:var(--soft);font-size:13px}
+.versions dd{margin:0;font-variant-numeric:tabular-nums}
+.hashes{font-size:13px;margin-top:10px}.hashes td{padding:5px 14px 5px 0}
+@media (max-width:900px){.pair{grid-template-columns:minmax(0,1fr)}}
+@media (max-width:640px){main{padding:36px 18px 64px}section{margin-top:48px}article{padding:18px}}
+@media print{body{background:#fff}main{max-width:none;padding:0}article{break-inside:avoid}}
+"""

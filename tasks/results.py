@@ -1,0 +1,248 @@
+"""What the stages of a run left behind, and the numbers that the report draws from it. Pure: no files here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from stillhouse.evaluation.statistics import Aggregate, Estimate, aggregate, estimate, mean, normalised_score
+from stillhouse.transfer.metrics import Curve, area_under_curve, compare
+
+Run = dict[str, Any]
+"""A stage's metrics (its JSON), with its learning curve's columns under ``curve``."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything the report is made of.
+
+    Attributes:
+        title: the page's.
+        suite: its name.
+        seeds: of every stage.
+        ids: environment name to Gymnasium id, sources and targets.
+        teachers: environment, seed -> its run.
+        datasets: environment, seed -> its metrics.
+        students: student, seed -> its run.
+        evaluations: environment, seed -> returns of random play, the teacher and the students.
+        transfer: target, mode, seed -> its run.
+        settings: the blocks ``train_teacher``, ``distill_student`` and ``fine_tune``, as they ran.
+        environment: versions, and the device.
+        inputs: path of every file read to its SHA-256.
+    """
+
+    title: str
+    suite: str
+    seeds: list[int]
+    ids: dict[str, str]
+    teachers: dict[str, dict[int, Run]]
+    datasets: dict[str, dict[int, Run]]
+    students: dict[str, dict[int, Run]]
+    evaluations: dict[str, dict[int, Run]]
+    transfer: dict[str, dict[str, dict[int, Run]]]
+    settings: dict[str, dict[str, Any]]
+    environment: dict[str, str]
+    inputs: dict[str, str]
+
+    def sources(self, student: str) -> list[str]:
+        """The environments a student learnt, sorted."""
+        return sorted(self.settings["distill_student"][student]["environments"])
+
+
+@dataclass(frozen=True)
+class Row:
+    """One student on one environment; returns are means over episodes, one for each seed."""
+
+    environment: str
+    teacher: Estimate
+    student: Estimate
+    random: Estimate
+    score: Estimate | None  # None: the teacher is no better than random play
+    epsilon_score: Estimate | None
+    agreement: Estimate
+    capped_share: float
+    teacher_parameters: int
+
+
+@dataclass(frozen=True)
+class StudentSummary:
+    """A student's table and what it comes to."""
+
+    rows: list[Row]
+    overall: Aggregate
+    parameters: int
+    teacher_parameters: int
+
+    @property
+    def compression(self) -> float:
+        """How many times smaller the student is than its teachers together."""
+        return self.teacher_parameters / self.parameters
+
+
+@dataclass(frozen=True)
+class TransferRow:
+    """One mode on one target, measured against scratch of the same seed."""
+
+    mode: str
+    initial: Estimate
+    final: Estimate
+    area: Estimate
+    jumpstart: Estimate | None  # None, as what follows: there was no scratch to measure against
+    score: Estimate | None
+    score_kind: str
+    steps_to_scratch: list[float]  # infinite where it never got there
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Every number of the report."""
+
+    students: dict[str, StudentSummary]
+    transfer: dict[str, list[TransferRow]]
+
+
+def summarise(results: Results) -> Summary:
+    """Normalised scores, aggregates and transfer measures of all results."""
+    return Summary(
+        students={name: _student(results, name) for name in sorted(results.students)},
+        transfer={target: _transfer(results, target) for target in sorted(results.transfer)},
+    )
+
+
+def _over_seeds(values: Sequence[float] | np.ndarray) -> Estimate:
+    return estimate(mean, np.array(values, np.float64)[:, None], seed=0)
+
+
+def _student(results: Results, name: str) -> StudentSummary:
+    sources, seeds = results.sources(name), results.seeds
+    rows = []
+    scores = np.zeros((len(seeds), len(sources)))
+    for column, environment in enumerate(sources):
+        runs = [results.evaluations[environment][seed] for seed in seeds]
+        random = np.array([run["random"]["mean"] for run in runs])
+        teacher = np.array([run["teacher"]["greedy"]["mean"] for run in runs])
+        student = np.array([run["students"][name]["greedy"]["mean"] for run in runs])
+        scores[:, column] = normalised_score(student, random, teacher)
+        epsilon = normalised_score(
+            np.array([run["students"][name]["epsilon"]["mean"] for run in runs]),
+            random,
+            np.array([run["teacher"]["epsilon"]["mean"] for run in runs]),
+        )
+        rows.append(
+            Row(
+                environment=environment,
+                teacher=_over_seeds(teacher),
+                student=_over_seeds(student),
+                random=_over_seeds(random),
+                score=None if np.isnan(scores[:, column]).any() else _over_seeds(scores[:, column]),
+                epsilon_score=None if np.isnan(epsilon).any() else _over_seeds(epsilon),
+                agreement=_over_seeds(
+                    [results.students[name][seed]["agreement"][environment] for seed in seeds]
+                ),
+                capped_share=float(
+                    np.mean([run["students"][name]["greedy"].get("capped_share", 0.0) for run in runs])
+                ),
+                teacher_parameters=runs[0]["teacher"]["parameters"],
+            )
+        )
+    return StudentSummary(
+        rows=rows,
+        overall=aggregate(scores, sources),
+        parameters=results.students[name][seeds[0]]["parameters"],
+        teacher_parameters=sum(row.teacher_parameters for row in rows),
+    )
+
+
+def curve_of(run: Run) -> Curve:
+    """A transfer run's learning curve."""
+    return Curve(np.array(run["curve"]["env_steps"]), np.array(run["curve"]["mean_return"]))
+
+
+def _transfer(results: Results, target: str) -> list[TransferRow]:
+    modes, seeds = results.transfer[target], results.seeds
+    rows = []
+    for mode in sorted(modes, key=["full", "frozen", "scratch"].index):
+        runs = [modes[mode][seed] for seed in seeds]
+        pairs = [
+            compare(curve_of(run), curve_of(scratch), scratch["random_return"])
+            for run, scratch in zip(runs, modes.get("scratch", {}).values(), strict=False)
+        ]
+        # One scale for all seeds: a mean of ratios and differences would mean nothing.
+        ratio = all(pair.score_kind == "ratio" for pair in pairs)
+        rows.append(
+            TransferRow(
+                mode=mode,
+                initial=_over_seeds([run["initial_return"] for run in runs]),
+                final=_over_seeds([run["final_return"] for run in runs]),
+                area=_over_seeds([area_under_curve(curve_of(run)) for run in runs]),
+                jumpstart=_over_seeds([pair.jumpstart for pair in pairs]) if pairs else None,
+                score=_over_seeds([pair.score if ratio else pair.area - pair.scratch_area for pair in pairs])
+                if pairs
+                else None,
+                score_kind="ratio" if ratio else "difference",
+                steps_to_scratch=[pair.steps_to_scratch for pair in pairs],
+            )
+        )
+    return rows
+
+
+def metrics(results: Results, summary: Summary) -> dict[str, Any]:
+    """The numbers for ``dvc metrics``: plain, finite, seeds by name."""
+
+    def number(value: Estimate | None) -> dict[str, float] | None:
+        if value is None:
+            return None
+        found = {"value": value.value}
+        if value.interval is None:
+            found |= {f"s{seed}": point for seed, point in zip(results.seeds, value.points, strict=True)}
+        else:
+            found |= {"low": value.interval[0], "high": value.interval[1]}
+        return {key: round(item, 6) for key, item in found.items()}
+
+    students: dict[str, Any] = {}
+    for name, student in summary.students.items():
+        overall = student.overall
+        students[name] = {
+            "geometric_mean": number(overall.geometric_mean),
+            "interquartile_mean": number(overall.interquartile_mean),
+            "optimality_gap": number(overall.optimality_gap),
+            "worst_environment": overall.worst,
+            "worst_score": number(overall.environments[overall.worst] if overall.worst else None),
+            "parameters": student.parameters,
+            "teacher_parameters": student.teacher_parameters,
+            "compression": round(student.compression, 3),
+            "environments": {
+                row.environment: {
+                    "teacher": number(row.teacher),
+                    "student": number(row.student),
+                    "random": number(row.random),
+                    "normalised_score": number(row.score),
+                    "normalised_score_epsilon": number(row.epsilon_score),
+                    "agreement": number(row.agreement),
+                    "capped_share": row.capped_share,
+                    "teacher_parameters": row.teacher_parameters,
+                }
+                for row in student.rows
+            },
+        }
+    transfer = {
+        target: {
+            row.mode: {
+                "jumpstart": number(row.jumpstart),
+                "area_under_curve": number(row.area),
+                f"transfer_{row.score_kind}": number(row.score),
+                "initial_return": number(row.initial),
+                "final_return": number(row.final),
+                "env_steps_to_scratch": {
+                    f"s{seed}": round(steps, 1) if np.isfinite(steps) else None
+                    for seed, steps in zip(results.seeds, row.steps_to_scratch, strict=False)
+                },
+            }
+            for row in rows
+        }
+        for target, rows in summary.transfer.items()
+    }
+    return {"students": students, "transfer": transfer}
