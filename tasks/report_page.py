@@ -319,7 +319,8 @@ def _headline(summary: Summary) -> str:
     if student.overall.geometric_mean is None:
         return f"{teachers.capitalize()}, one network of {size}{smaller}"
     kept = student.overall.geometric_mean.value
-    who = f"The student {escape(name)} keeps" if len(summary.students) > 1 else "It keeps"
+    several = f"The best of {_count(len(summary.students), 'student')}, {escape(name)}, keeps"
+    who = several if len(summary.students) > 1 else "It keeps"
     return (
         f"{teachers.capitalize()}, one network of {size}{smaller}. "
         f"<em>{who} {100 * kept:.0f} % of what they gained over random play.</em>"
@@ -462,7 +463,8 @@ def _agreement(results: Results, name: str, student: StudentSummary) -> str:
         for row in student.rows
     }
     # One scale for all, so that the charts can be compared.
-    low = math.floor(10 * min(value for pairs in runs.values() for _, y in pairs for value in y)) / 10
+    values = [value for pairs in runs.values() for _, y in pairs for value in y if math.isfinite(value)]
+    low = math.floor(10 * min(values, default=0.9)) / 10
     charts = [
         _chart(
             [Line(f"{100 * row.agreement.value:.0f} %", "student", runs[row.environment])],

@@ -140,7 +140,7 @@ def _student(results: Results, name: str) -> StudentSummary:
                 score=None if np.isnan(scores[:, column]).any() else _over_seeds(scores[:, column]),
                 epsilon_score=None if np.isnan(epsilon).any() else _over_seeds(epsilon),
                 agreement=_over_seeds(
-                    [results.students[name][seed]["agreement"][environment] for seed in seeds]
+                    [results.students[name][seed]["agreements"][environment] for seed in seeds]
                 ),
                 capped_share=float(
                     np.mean([run["students"][name]["greedy"].get("capped_share", 0.0) for run in runs])

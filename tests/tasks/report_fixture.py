@@ -147,7 +147,8 @@ def write(root: Path, seeds: int) -> dict[str, Any]:
                 "parameters": 11_198,
                 "teacher_parameters": sum(SIZES.values()),
                 "best_update": 7800,
-                "agreement": {name: float(values[-1]) for name, values in curves.items()},
+                "agreement": float(np.mean([values[-1] for values in curves.values()])),
+                "agreements": {name: float(values[-1]) for name, values in curves.items()},
             },
         )
         for target, (low, end, budget) in TARGETS.items():
