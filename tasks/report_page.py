@@ -291,7 +291,7 @@ def _header(results: Results, summary: Summary) -> str:
         f"{_count(len(results.teachers), 'teacher')}",
         f"{_count(len(summary.students), 'student')}",
         f"{_count(len(summary.transfer), 'transfer target')}",
-        f"seeds {', '.join(str(seed) for seed in results.seeds)}",
+        f"seed{'s' if len(results.seeds) > 1 else ''} {', '.join(str(seed) for seed in results.seeds)}",
     ]
     parts = [
         f'<header>\n<p class="kicker">{escape(results.title)}</p>\n',
@@ -319,11 +319,17 @@ def _headline(summary: Summary) -> str:
     if student.overall.geometric_mean is None:
         return f"{teachers.capitalize()}, one network of {size}{smaller}"
     kept = student.overall.geometric_mean.value
+    missing = len(student.overall.undefined)
+    where = (
+        f" on the {len(student.rows) - missing} of {len(student.rows)} environments where they gained"
+        if missing
+        else ""
+    )
     several = f"The best of {_count(len(summary.students), 'student')}, {escape(name)}, keeps"
     who = several if len(summary.students) > 1 else "It keeps"
     return (
         f"{teachers.capitalize()}, one network of {size}{smaller}. "
-        f"<em>{who} {100 * kept:.0f} % of what they gained over random play.</em>"
+        f"<em>{who} {100 * kept:.0f} % of what they gained over random play{where}.</em>"
     )
 
 
@@ -354,7 +360,8 @@ def _tiles(student: StudentSummary, seeds: int) -> str:
         )
     if overall.worst is not None:
         worst = overall.environments[overall.worst]
-        tiles.append(_tile(_score(worst.value), "worst environment", escape(overall.worst)))
+        unscored = "".join(f"; {escape(name)} has no score" for name in overall.undefined)
+        tiles.append(_tile(_score(worst.value), "worst environment", escape(overall.worst) + unscored))
     tiles.append(
         _tile(
             f"{student.compression:.1f}×",

@@ -164,6 +164,8 @@ def test_a_teacher_no_better_than_random_is_said_and_not_averaged(tmp_path: Path
     assert summary.students["small"].overall.undefined == ("breakout",)
     page = render(results, summary)
     assert "no better than random play" in page
+    assert "on the 2 of 3 environments where they gained" in page
+    assert "cartpole; breakout has no score" in page
     assert "undefined" in page
     assert (
         metrics(results, summary)["students"]["small"]["environments"]["breakout"]["normalised_score"] is None
