@@ -180,6 +180,20 @@ def test_resumed_and_uninterrupted_end_in_the_same_bytes(
     assert torch.equal(second.parameters.values, whole.parameters.values)
 
 
+def test_patience_is_resumed_too(tmp_path: Path, datasets: dict[str, Dataset]) -> None:
+    settings = config(learning_rate=0.3, linear_decay=False, evaluation_interval=5, updates=1000, patience=4)
+    whole = Distillation(settings, datasets, seed=1)
+    list(whole.train())
+    second = Distillation(settings, datasets, seed=1)
+    while not second.finished:  # interrupted after every report
+        next(second.train())
+        save_state(tmp_path / "state", second.get_state())
+        second = Distillation(settings, datasets, seed=1)
+        second.set_state(load_state(tmp_path / "state"))
+    assert second.updates == whole.updates < 1000
+    assert torch.equal(weights(second.student()), weights(whole.student()))
+
+
 def test_the_seed_decides(datasets: dict[str, Dataset]) -> None:
     def trained(seed: int) -> torch.Tensor:
         distillation = Distillation(config(updates=50), datasets, seed)
