@@ -1,0 +1,306 @@
+"""The ``stillhouse`` command. What is heavy (Prefect, torch) is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import webbrowser
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from stillhouse.errors import StillhouseError
+
+EXAMPLES = """examples:
+  stillhouse run quickstart                 the quickstart suite, here; again: everything is cached
+  stillhouse run classic --seeds 5          another suite, in a worktree of its own, saved as a DVC experiment
+  stillhouse run quickstart --set distill_student.temperature=0.1 --set train_teacher.cartpole.gamma=0.98
+  stillhouse run quickstart --only evaluate --force evaluate
+  stillhouse plan quickstart                write params/pipeline.yaml and dvc.yaml
+  stillhouse play data/students/small-s0 --environment cartpole --output cartpole.gif
+  stillhouse evaluate data/teachers/cartpole-s0 --episodes 200
+  stillhouse report                         where the report lies; --open shows it
+"""
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """The command line: exit code 0 done, 1 the run failed, 2 a mistake in what was asked, 130 interrupted."""
+    arguments = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        sys.exit(arguments.command(arguments))
+    except StillhouseError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: nothing is left running; run the same command to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="stillhouse",
+        description="Distil and transfer reinforcement-learning agents.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(
+        name: str, function: Callable[[argparse.Namespace], int], text: str
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog="examples:\n"
+            + "\n".join(line for line in EXAMPLES.splitlines() if f" stillhouse {name} " in f"{line} "),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        sub.set_defaults(command=function)
+        return sub
+
+    run = command("run", _run, "run a suite: teachers, datasets, students, transfer, evaluation, report")
+    run.add_argument(
+        "suite", nargs="?", default="quickstart", help="a file of params/suites/ (default: quickstart)"
+    )
+    run.add_argument(
+        "--seeds", type=int, default=0, metavar="N", help="number of seeds (default: the suite's own)"
+    )
+    run.add_argument(
+        "--budget", type=float, default=1.0, metavar="X", help="factor on every step and update budget"
+    )
+    run.add_argument("--loss", default="suite", choices=["kl", "nll", "mse"], help="the students' loss")
+    run.add_argument("--temperature", type=float, default=0.0, metavar="T", help="of the kl loss")
+    run.add_argument(
+        "--student-share", type=float, default=0.0, metavar="X", help="student's share of the parameters"
+    )
+    run.add_argument("--device", default="suite", choices=["auto", "cpu", "cuda"], help="what computes")
+    run.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any parameter; may be repeated"
+    )
+    for name, text in (
+        ("only", "run these alone"),
+        ("from", "run these, and all that depends on them"),
+        ("downstream", "run what depends on these, without them"),
+        ("force", "run these even where they are up to date"),
+    ):
+        text += ": a stage (* allowed), a family (train_teacher) or an environment; may be repeated"
+        run.add_argument(
+            f"--{name}", action="append", default=[], metavar="STAGE", help=text, dest=f"{name}_"
+        )
+    run.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="stages at a time (default: as many as cores)"
+    )
+    run.add_argument(
+        "--in-place", action="store_true", help="run in the checkout itself, not in a worktree of its own"
+    )
+    run.add_argument(
+        "--revision", default="", metavar="REV", help="git revision to run (default: the checkout as it is)"
+    )
+
+    plan = command("plan", _plan, "check the parameters; write params/pipeline.yaml and dvc.yaml")
+    plan.add_argument(
+        "suite", nargs="?", default="", help="a file of params/suites/; without it, the active parameters"
+    )
+    plan.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any parameter; may be repeated"
+    )
+    plan.add_argument(
+        "--check", action="store_true", help="write nothing; fail where dvc.yaml is stale or was edited"
+    )
+    plan.add_argument(
+        "--overwrite", action="store_true", help="write dvc.yaml anew though it was edited by hand"
+    )
+
+    for name, function, text in (
+        ("play", _play, "record a teacher or student at play, as .gif or .mp4"),
+        ("evaluate", _evaluate, "judge a checkpoint on an environment"),
+    ):
+        sub = command(name, function, text)
+        sub.add_argument(
+            "checkpoint", type=Path, help="a checkpoint's folder, for example data/students/small-s0"
+        )
+        sub.add_argument(
+            "--environment", default="", metavar="NAME", help="which of its environments (default: the first)"
+        )
+        sub.add_argument("--seed", type=int, default=0, metavar="N")
+        sub.add_argument("--episodes", type=int, default=1 if name == "play" else 100, metavar="N")
+        if name == "play":
+            sub.add_argument(
+                "--output", type=Path, default=Path("play.gif"), metavar="FILE", help=".gif or .mp4"
+            )
+
+    report = command("report", _report, "where the latest report lies")
+    report.add_argument("--open", action="store_true", help="show it in the browser")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from flows.server import PrivateServer, spare_loopback_the_proxy
+    from flows.workspace import find_checkout, plan
+
+    checkout = find_checkout(Path.cwd())
+    os.chdir(checkout)
+    spare_loopback_the_proxy()
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    # The run speaks for itself here; Prefect's own log goes to the API.
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    from prefect.logging.handlers import APILogHandler
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    if PREFECT_API_URL.value():
+        return _run_flow(arguments)
+    with PrivateServer(checkout) as server:
+        from flows.distillation import flat_overrides
+
+        # A mistake in the parameters shows while the server starts, and before anything is done.
+        overrides = [
+            *flat_overrides(
+                arguments.seeds,
+                arguments.budget,
+                arguments.loss,
+                arguments.temperature,
+                arguments.student_share,
+                arguments.device,
+            ),
+            *arguments.set,
+        ]
+        # (Planning costs seconds; the flow does it anyway. Only what was typed is looked at here first.)
+        if overrides and not arguments.revision:
+            plan(checkout, arguments.suite, overrides, "--dry-run")
+        with temporary_settings({PREFECT_API_URL: server.url()}):
+            try:
+                return _run_flow(arguments)
+            finally:
+                APILogHandler().flush()  # while there is a server to send them to
+
+
+def _run_flow(arguments: argparse.Namespace) -> int:
+    from prefect.client.schemas.objects import State
+    from prefect.exceptions import ParameterTypeError
+
+    from flows.distillation import distillation
+
+    parameters: dict[str, Any] = {
+        "suite": arguments.suite,
+        "seeds": arguments.seeds,
+        "budget": arguments.budget,
+        "loss": arguments.loss,
+        "temperature": arguments.temperature,
+        "student_share": arguments.student_share,
+        "device": arguments.device,
+        "set": arguments.set,
+        "only": arguments.only_,
+        "from_": arguments.from_,
+        "downstream": arguments.downstream_,
+        "force": arguments.force_,
+        "workers": arguments.workers,
+        "in_place": arguments.in_place,
+        "revision": arguments.revision,
+    }
+    try:
+        distillation.validate_parameters(parameters)
+    except ParameterTypeError as error:
+        raise StillhouseError(_first_problem(str(error))) from None
+    state: State[Any] = distillation(**parameters, return_state=True)  # type: ignore[assignment]
+    if state.is_completed():
+        return 0
+    print(f"error: {' '.join((state.message or state.name or 'the run failed').split())}", file=sys.stderr)
+    if state.name == "Rejected":
+        return 2
+    return 130 if state.is_crashed() or state.is_cancelled() else 1
+
+
+def _first_problem(text: str) -> str:
+    """Prefect's list of parameter problems as one line."""
+    lines = [line.strip(" -") for line in text.splitlines() if line.strip()]
+    return ": ".join(lines[1:3]) if len(lines) > 2 else " ".join(lines)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from flows.workspace import find_checkout
+    from tasks.plan import main as plan
+
+    os.chdir(find_checkout(Path.cwd()))
+    argv = ([arguments.suite] if arguments.suite else []) + [
+        f"--set={override}" for override in arguments.set
+    ]
+    argv += ["--check"] * arguments.check + ["--overwrite"] * arguments.overwrite
+    plan(argv)
+    return 0
+
+
+def _subject(arguments: argparse.Namespace) -> tuple[Any, Any, str]:
+    """The checkpoint's policy, the environment's config, and the environment's name.
+
+    Raises:
+        StillhouseError: no such checkpoint, or it does not know the environment.
+    """
+    from stillhouse.checkpoint import load_checkpoint
+    from stillhouse.config import near, parse
+    from stillhouse.envs.make import EnvironmentConfig
+    from stillhouse.evaluation.rollouts import network_policy
+
+    checkpoint = load_checkpoint(arguments.checkpoint)
+    known = checkpoint.details.get("environments", {})
+    name = arguments.environment or next(iter(known), "")
+    if name not in known:
+        raise StillhouseError(
+            f"{arguments.checkpoint}: no environment {name!r}{near(name, list(known))}; it knows {', '.join(known) or 'none'}"
+        )
+    if arguments.episodes < 1:
+        raise StillhouseError(f"--episodes: at least 1 is allowed, but {arguments.episodes} was given")
+    sys.path.insert(0, os.getcwd())  # the user's own environment module
+    return network_policy(checkpoint.network, name), parse(EnvironmentConfig, known[name], name), name
+
+
+def _play(arguments: argparse.Namespace) -> int:
+    from stillhouse.evaluation.video import record
+
+    policy, environment, name = _subject(arguments)
+    returns = record(policy, environment, arguments.output, arguments.seed, arguments.episodes)
+    print(
+        f"{arguments.output}: {name}, return{'s' * (len(returns) > 1)} {', '.join(f'{value:g}' for value in returns)}"
+    )
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from stillhouse.evaluation.rollouts import evaluate
+
+    policy, environment, name = _subject(arguments)
+    for label, epsilon in (("greedy", 0.0), ("epsilon 0.05", 0.05), ("random", 1.0)):
+        returns = evaluate(policy, environment, arguments.episodes, arguments.seed, epsilon).returns
+        print(
+            f"{name}  {label:<13} mean {returns.mean():9.2f}   median {float(sorted(returns)[len(returns) // 2]):9.2f}   "
+            f"lowest {returns.min():9.2f}   highest {returns.max():9.2f}   {len(returns)} episodes"
+        )
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from flows.workspace import find_checkout
+
+    checkout = find_checkout(Path.cwd())
+    name = "data/evaluation/report.html"
+    found = [checkout / name, *(checkout / ".stillhouse" / "worktrees").glob(f"*/{name}")]
+    existing = sorted((path for path in found if path.exists()), key=lambda path: path.stat().st_mtime)
+    if not existing:
+        raise StillhouseError("no report yet: `stillhouse run quickstart` makes one")
+    print(existing[-1])
+    if arguments.open:
+        webbrowser.open(existing[-1].as_uri())
+    return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""A run's results: the table at its end, and the artifacts in Prefect."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from flows.display import console
+from flows.workspace import commit_of
+
+RESULTS = Path("data/evaluation/results.json")
+REPORT = Path("data/evaluation/report.html")
+CURVES = Path("data/evaluation/learning_curves.png")
+COLUMNS = (
+    "environment",
+    "student",
+    "teacher return",
+    "student return",
+    "random return",
+    "score",
+    "parameters",
+)
+
+
+def _value(number: dict[str, float] | None) -> str:
+    """An estimate: its value, with its interval where there is one."""
+    if number is None:
+        return "-"
+    text = f"{number['value']:.4g}"
+    return f"{text} [{number['low']:.4g}, {number['high']:.4g}]" if "low" in number else text
+
+
+def rows(results: dict[str, Any]) -> list[list[str]]:
+    """``COLUMNS`` for each student and environment, and a line for each student as a whole."""
+    table = []
+    for name, student in results["students"].items():
+        for environment, found in student["environments"].items():
+            table.append(
+                [
+                    environment,
+                    name,
+                    _value(found["teacher"]),
+                    _value(found["student"]),
+                    _value(found["random"]),
+                    _value(found["normalised_score"]),
+                    f"teacher {found['teacher_parameters']:,}",
+                ]
+            )
+        table.append(
+            [
+                "all",
+                name,
+                "",
+                "",
+                "",
+                f"{_value(student['geometric_mean'])} (geometric mean)",
+                f"{student['parameters']:,} = teachers' {student['teacher_parameters']:,} / {student['compression']:.1f}",
+            ]
+        )
+    return table
+
+
+def transfer_rows(results: dict[str, Any]) -> list[list[str]]:
+    """Target, mode, first and last return, and the area under the curve against scratch."""
+    table = []
+    for target, modes in results["transfer"].items():
+        for mode, found in modes.items():
+            kind = next((kind for kind in ("ratio", "difference") if f"transfer_{kind}" in found), "")
+            score = f"{_value(found[f'transfer_{kind}'])} ({kind})" if kind and mode != "scratch" else ""
+            table.append(
+                [target, mode, _value(found["initial_return"]), _value(found["final_return"]), score]
+            )
+    return table
+
+
+def _read(workspace: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((workspace / RESULTS).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def show(workspace: Path, checkout: Path) -> None:
+    """Print the tables and where the report lies."""
+    results = _read(workspace)
+    if results is None:
+        return
+    for columns, content in (
+        (COLUMNS, rows(results)),
+        (("target", "mode", "first return", "last return", "area against scratch"), transfer_rows(results)),
+    ):
+        if not content:
+            continue
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        for index, column in enumerate(columns):
+            table.add_column(column, justify="left" if index < 2 else "right", no_wrap=True)
+        for row in content:
+            table.add_row(*row, style="bold" if row[0] == "all" else "")
+        console.print()
+        console.print(table, crop=False, overflow="ignore")
+    report = workspace / REPORT
+    if report.exists():
+        console.print(
+            f"\nreport {report.relative_to(checkout) if report.is_relative_to(checkout) else report}"
+        )
+
+
+def publish(workspace: Path) -> None:
+    """The result table, the learning curves and the report as artifacts; commit and time stand here, not in the report."""
+    from prefect.artifacts import (
+        create_image_artifact,
+        create_link_artifact,
+        create_markdown_artifact,
+        create_table_artifact,
+    )
+
+    results = _read(workspace)
+    if results is None:
+        return
+    about = f"commit {commit_of(workspace) or 'unknown'}, {time.strftime('%Y-%m-%d %H:%M:%S %z')}"
+    create_table_artifact(
+        [dict(zip(COLUMNS, row, strict=True)) for row in rows(results)], key="results", description=about
+    )
+    with contextlib.suppress(OSError):
+        picture = base64.b64encode((workspace / CURVES).read_bytes()).decode()
+        create_image_artifact(f"data:image/png;base64,{picture}", key="learning-curves", description=about)
+    report = workspace / REPORT
+    if report.exists():
+        create_link_artifact(
+            report.resolve().as_uri(), link_text=str(REPORT), key="report", description=about
+        )
+        create_markdown_artifact(_markdown(results, about, report), key="report-summary", description=about)
+
+
+def _markdown(results: dict[str, Any], about: str, report: Path) -> str:
+    lines = [
+        f"{about}. Full report: `{report}`",
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|---" * len(COLUMNS) + "|",
+    ]
+    lines += ["| " + " | ".join(row) + " |" for row in rows(results)]
+    if transfer := transfer_rows(results):
+        lines += [
+            "",
+            "| target | mode | first return | last return | area against scratch |",
+            "|---|---|---|---|---|",
+        ]
+        lines += ["| " + " | ".join(row) + " |" for row in transfer]
+    return "\n".join(lines)

@@ -1,0 +1,128 @@
+"""Where a run happens: in the checkout itself, or in a git worktree of its own that shares the checkout's DVC cache."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from stillhouse.errors import StillhouseError
+from tasks.plan import Stage, read_plan
+from tasks.stage import cache_folder
+
+PRIVATE = Path(".stillhouse")
+
+
+def find_checkout(start: Path) -> Path:
+    """The stillhouse project that ``start`` lies in.
+
+    Raises:
+        StillhouseError: there is none.
+    """
+    for folder in [start.resolve(), *start.resolve().parents]:
+        if (folder / "params" / "suites").is_dir() and (folder / ".dvc").is_dir():
+            return folder
+    raise StillhouseError(
+        f"{start}: no stillhouse project here or above (a folder with params/suites/ and .dvc/)"
+    )
+
+
+@contextlib.contextmanager
+def hold(checkout: Path) -> Iterator[None]:
+    """Keep every other run out of ``checkout`` for the block's duration.
+
+    Raises:
+        StillhouseError: another run is in progress there: its process and since when.
+    """
+    path = checkout / PRIVATE / "run.lock"
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "an unknown process"
+            raise StillhouseError(
+                f"another run is in progress in {checkout} ({holder}); wait for it, or stop it with Ctrl-C where it runs"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        lock.flush()
+        yield
+
+
+def make_worktree(checkout: Path, name: str, revision: str) -> Path:
+    """A worktree at ``revision`` (empty: HEAD plus what is not committed yet), with the checkout's DVC cache.
+
+    Raises:
+        StillhouseError: not a git repository, or no such revision.
+    """
+    path = checkout / PRIVATE / "worktrees" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    git(checkout, "worktree", "prune")
+    git(checkout, "worktree", "add", "--quiet", "--detach", str(path), revision or "HEAD")
+    if not revision:
+        _copy_uncommitted(checkout, path)
+    (path / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {cache_folder(checkout)}\n")
+    return path
+
+
+def _copy_uncommitted(checkout: Path, worktree: Path) -> None:
+    """Bring over what the checkout has and HEAD has not: edits, deletions, and new files that git does not ignore."""
+    changed = git(checkout, "diff", "--name-only", "--no-renames", "-z", "HEAD").split("\0")
+    new = git(checkout, "ls-files", "--others", "--exclude-standard", "-z").split("\0")
+    for name in filter(None, [*changed, *new]):
+        source, target = checkout / name, worktree / name
+        if source.is_symlink() or source.is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target, follow_symlinks=False)
+        elif not source.exists():
+            target.unlink(missing_ok=True)
+
+
+def git(folder: Path, *arguments: str) -> str:
+    """What ``git`` prints.
+
+    Raises:
+        StillhouseError: git is missing, or refuses.
+    """
+    try:
+        result = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise StillhouseError("git is not installed, and a run of its own needs a git worktree") from None
+    if result.returncode:
+        lines = result.stderr.strip().splitlines() or ["no reason given"]
+        raise StillhouseError(f"git {arguments[0]}: {lines[-1]}")
+    return result.stdout
+
+
+def commit_of(folder: Path) -> str:
+    """The commit checked out there, ``-dirty`` where the folder differs from it; empty outside git."""
+    with contextlib.suppress(StillhouseError):
+        commit = git(folder, "rev-parse", "--short=12", "HEAD").strip()
+        return commit + (
+            "-dirty" if git(folder, "status", "--porcelain", "--untracked-files=no").strip() else ""
+        )
+    return ""
+
+
+def plan(workspace: Path, suite: str, overrides: list[str], *options: str) -> list[Stage]:
+    """Plan in a process inside the workspace, with the code that lies there.
+
+    Raises:
+        StillhouseError: what the planner said.
+    """
+    argv = [sys.executable, "-m", "tasks.plan", suite, "--json", *options]
+    argv += [f"--set={override}" for override in overrides]
+    result = subprocess.run(argv, cwd=workspace, capture_output=True, text=True, check=False)
+    if result.returncode:
+        lines = [line for line in result.stderr.splitlines() if line.strip()]
+        said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        raise StillhouseError((said or lines or [f"planning failed with exit code {result.returncode}"])[-1])
+    return read_plan(result.stdout)

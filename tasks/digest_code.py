@@ -1,0 +1,138 @@
+"""Stage: one small file per stage kind that changes when, and only when, the code or the versions behind it do.
+
+``python -m tasks.digest_code --device auto train_teacher-dqn collect_dataset ...`` writes ``data/code/<kind>.json``. A kind is
+a stage's verb, plus its algorithm where the stage imports that by name. Modules are hashed over their syntax tree, without
+docstrings and comments: an edit to ``losses/distillation.py`` reruns students and not teachers, a comment reruns nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import os
+import runpy
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import grimp
+
+from stillhouse.errors import StillhouseError
+from stillhouse.files import write_json
+
+FOLDER = Path("data/code")
+PACKAGES = ("stillhouse", "tasks")
+VERSIONS = ("torch", "numpy", "gymnasium", "minatar", "safetensors")
+
+
+def kind_of(verb: str, algorithm: str = "") -> str:
+    """``train_teacher-dqn``, or the verb alone."""
+    return f"{verb}-{algorithm}" if algorithm else verb
+
+
+def roots_of(kind: str) -> list[str]:
+    """The modules where a kind's imports begin: its stage, and the algorithm that the stage imports by name."""
+    verb, _, algorithm = kind.partition("-")
+    return [f"tasks.{verb}"] + ([f"stillhouse.agents.{algorithm}"] if algorithm else [])
+
+
+def closure(graph: grimp.ImportGraph, roots: list[str]) -> set[str]:
+    """Every project module that importing ``roots`` runs: parent packages too, which grimp's closure leaves out.
+
+    Raises:
+        StillhouseError: a root does not exist.
+    """
+    found: set[str] = set()
+    todo = set(roots)
+    while todo:
+        module = todo.pop()
+        if module not in graph.modules:
+            raise StillhouseError(f"{module}: no such module, so its stage cannot be planned")
+        found.add(module)
+        reached = graph.find_modules_directly_imported_by(module)
+        if parent := module.rpartition(".")[0]:
+            reached = reached | {parent}
+        todo |= reached - found
+    return found
+
+
+def digest_source(source: str) -> str:
+    """A hash of the code's meaning: comments, docstrings, blank lines and quoting do not enter it."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(
+            node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+        ) and ast.get_docstring(node, clean=False):
+            node.body = node.body[1:]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:32]
+
+
+def source_of(module: str) -> Path:
+    """The module's file, relative to the workspace's root."""
+    base = Path(*module.split("."))
+    return base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+
+
+def resolve_device(device: str) -> str:
+    """``auto`` as the device that stages will use; without importing torch where its build knows no CUDA."""
+    specification = find_spec("torch")
+    if specification is None or specification.origin is None:
+        raise StillhouseError("torch is not installed; run `make run`, or install requirements.lock")
+    has_cuda = runpy.run_path(str(Path(specification.origin).with_name("version.py")))["cuda"] is not None
+    if has_cuda and device != "cpu":
+        import torch
+
+        has_cuda = torch.cuda.is_available()
+    if device == "cuda" and not has_cuda:
+        raise StillhouseError(
+            "device: 'cuda' was asked for, but torch finds no CUDA device here; use 'auto' or 'cpu'"
+        )
+    return "cuda" if has_cuda and device != "cpu" else "cpu"
+
+
+def environment(device: str) -> dict[str, str]:
+    """Versions of what computes, and the resolved device: inputs of every stage."""
+    found = {"device": resolve_device(device), "python": f"{sys.version_info.major}.{sys.version_info.minor}"}
+    for name in VERSIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def digest(kinds: list[str], device: str) -> None:
+    """Write the digest file of every kind, as they are now, and of no other."""
+    # Its module names come from the files, so that nothing is imported; the cache would outlive a worktree.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    graph = grimp.build_graph(*PACKAGES, include_external_packages=False, cache_dir=None)
+    closures = {kind: closure(graph, roots_of(kind)) for kind in kinds}
+    hashes = {
+        module: digest_source(source_of(module).read_text())
+        for module in sorted(set().union(*closures.values()))
+    }
+    versions: dict[str, Any] = environment(device)
+    for kind, modules in closures.items():
+        content = {"environment": versions, "modules": {module: hashes[module] for module in sorted(modules)}}
+        write_json(FOLDER / f"{kind}.json", content)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m tasks.digest_code", allow_abbrev=False)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("kinds", nargs="+")
+    arguments = parser.parse_args()
+    try:
+        digest(arguments.kinds, arguments.device)
+    except (StillhouseError, SyntaxError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""The pipeline's parameters: ``params/suites/<suite>.yaml`` and overrides, checked and with every default filled in.
+
+Only the planner and the flows import this module; a stage reads its own block with its own config class.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from stillhouse.agents.dqn import DQNConfig
+from stillhouse.agents.pqn import PQNConfig
+from stillhouse.config import Config, near, parse
+from stillhouse.datasets.collect import CollectConfig
+from stillhouse.distillation.offline import DistillationConfig
+from stillhouse.envs.make import EnvironmentConfig, describe
+from stillhouse.errors import StillhouseError
+from stillhouse.evaluation.rollouts import EvaluationConfig
+from stillhouse.transfer.fine_tuning import FineTuneConfig
+from stillhouse.types import environment_spec
+from tasks.stage import PIPELINE, read_yaml
+
+SUITES = Path("params/suites")
+NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+
+
+def _slug(name: str) -> str:
+    """Names become parts of stage names, files and keys: one rule, under which two names never meet."""
+    if not NAME.fullmatch(name) or len(name) > 64:
+        raise ValueError(
+            "a name of lower-case letters, digits and single dashes between them, at most 64, is allowed"
+        )
+    return name
+
+
+Name = Annotated[str, AfterValidator(_slug)]
+TeacherConfig = Annotated[DQNConfig | PQNConfig, Field(discriminator="algorithm")]
+
+
+class StudentParams(DistillationConfig):
+    """A student: which environments' teachers it learns from, and how."""
+
+    environments: list[Name] = Field(min_length=1, max_length=1000)
+
+
+class TransferParams(FineTuneConfig):
+    """A target environment: which student moves there, and how it and a fresh network learn there."""
+
+    student: Name
+    source: Name | Literal[""] = Field(
+        default="",
+        description="a source environment with the same spaces: its head is kept too; empty: new spaces",
+    )
+    modes: list[Literal["full", "frozen", "scratch"]] = Field(default=["full", "scratch"], min_length=1)
+    learner: TeacherConfig
+
+
+class ReportParams(Config):
+    """What the report says about itself."""
+
+    title: str = Field(default="stillhouse: distillation report", max_length=200)
+
+
+class Params(Config):
+    """Everything the pipeline can be told."""
+
+    suite: Name
+    seeds: list[Annotated[int, Field(ge=0, le=1_000_000)]] = Field(min_length=1, max_length=100)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    environments: dict[Name, EnvironmentConfig] = Field(min_length=1)
+    train_teacher: dict[Name, TeacherConfig] = Field(min_length=1)
+    collect_dataset: dict[Name, CollectConfig] = Field(default_factory=dict)
+    distill_student: dict[Name, StudentParams] = Field(default_factory=dict)
+    fine_tune: dict[Name, TransferParams] = Field(default_factory=dict)
+    evaluate: EvaluationConfig = EvaluationConfig()
+    report: ReportParams = ReportParams()
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> Params:
+        def check(name: str, known: list[str], where: str, what: str) -> None:
+            if name not in known:
+                raise ValueError(
+                    f"{where} names {name!r}, which is no {what}{near(name, known)}; there are {', '.join(known) or 'none'}"
+                )
+
+        environments, teachers = list(self.environments), list(self.train_teacher)
+        for name in self.train_teacher:
+            check(name, environments, "train_teacher", "environment")
+        for name in self.collect_dataset:
+            check(name, teachers, "collect_dataset", "environment with a teacher")
+        for name, student in self.distill_student.items():
+            for source in student.environments:
+                check(source, teachers, f"distill_student.{name}.environments", "environment with a teacher")
+            for source in student.weights:
+                check(
+                    source,
+                    student.environments,
+                    f"distill_student.{name}.weights",
+                    "environment of this student",
+                )
+        for name, transfer in self.fine_tune.items():
+            check(name, environments, "fine_tune", "environment")
+            check(transfer.student, list(self.distill_student), f"fine_tune.{name}.student", "student")
+            if transfer.source:
+                sources = list(self.distill_student[transfer.student].environments)
+                check(transfer.source, sources, f"fine_tune.{name}.source", "environment of that student")
+        lists: dict[str, list[Any]] = {"seeds": list(self.seeds)}
+        lists |= {f"distill_student.{name}.environments": list(s.environments) for name, s in self.distill_student.items()}
+        for where, values in lists.items():
+            if len(set(values)) != len(values):
+                raise ValueError(f"{where}: each may stand once only")
+        return self
+
+
+def suite_names() -> list[str]:
+    """The suites there are."""
+    return sorted(path.stem for path in SUITES.glob("*.yaml"))
+
+
+def load_suite(suite: str, overrides: list[str]) -> Params:
+    """The suite with ``key=value`` overrides, complete.
+
+    Raises:
+        StillhouseError: unknown suite or parameter (near names are given), or a value out of bounds.
+    """
+    known = suite_names()
+    if suite not in known:
+        raise StillhouseError(
+            f"unknown suite {suite!r}{near(suite, known)}; there are {', '.join(known) or 'none'}"
+        )
+    data = read_yaml(SUITES / f"{suite}.yaml")
+    if not isinstance(data, dict):
+        raise StillhouseError(f"{SUITES / suite}.yaml: a mapping of parameters is needed")
+    if data.setdefault("suite", suite) != suite:
+        raise StillhouseError(
+            f"{SUITES / suite}.yaml: says suite: {data['suite']}, which is not its file's name"
+        )
+    params = parse(Params, _completed(data), str(SUITES / f"{suite}.yaml"))
+    if not overrides:
+        return params
+    data = params.model_dump(mode="json")
+    budget = 1.0
+    for override in overrides:
+        key, value = parse_override(override)
+        if key == "budget":
+            budget *= _budget(value)
+        else:
+            apply_override(data, key, value)
+    return parse(Params, _scaled(data, budget), "")
+
+
+def load_pipeline() -> Params:
+    """The active parameters, as they stand in ``params/pipeline.yaml``."""
+    data = read_yaml(PIPELINE)
+    if not isinstance(data, dict):
+        raise StillhouseError(f"{PIPELINE}: a mapping of parameters is needed")
+    return parse(Params, _completed(data), str(PIPELINE))
+
+
+def _completed(data: dict[str, Any]) -> dict[str, Any]:
+    """Every teacher has a dataset block: an absent one is one of defaults."""
+    teachers, collect = data.get("train_teacher"), data.get("collect_dataset") or {}
+    if isinstance(teachers, dict) and isinstance(collect, dict):
+        data = {**data, "collect_dataset": {**{name: {} for name in teachers}, **collect}}
+    return data
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """``distill_student.temperature=0.1`` to its key and its value, read as YAML.
+
+    Raises:
+        StillhouseError: it has not that form.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(r"[a-z0-9_-]+(\.[A-Za-z0-9_-]+)*", key.strip()):
+        raise StillhouseError(f"{text!r}: key=value is needed, for example distill_student.temperature=0.1")
+    try:
+        return key.strip(), YAML(typ="safe").load(value) if value.strip() else ""
+    except YAMLError:
+        raise StillhouseError(
+            f"{text!r}: the value cannot be read; a number, a word or [a, list] is allowed"
+        ) from None
+
+
+BY_NAME = ("environments", "train_teacher", "collect_dataset", "distill_student", "fine_tune")
+
+
+def apply_override(data: dict[str, Any], key: str, value: Any) -> None:
+    """Set ``key`` in ``data``; a key without the name (``distill_student.loss``) is set for every name.
+
+    Raises:
+        StillhouseError: no such parameter.
+    """
+    first, *rest = key.split(".")
+    if first not in data:
+        raise StillhouseError(
+            f"{key}: unknown parameter{near(first, [*data, 'budget'])}; there are {', '.join(data)}"
+        )
+    if first in BY_NAME and rest and rest[0] not in data[first]:
+        if not data[first]:
+            raise StillhouseError(f"{key}: this suite has no {first}")
+        fields = {field for block in data[first].values() for field in block}
+        if rest[0] not in fields:
+            known = sorted(fields | set(data[first]))
+            raise StillhouseError(
+                f"{key}: unknown parameter{near(rest[0], known)}; there are {', '.join(known)}"
+            )
+        # A field that only some blocks have (DQN's replay, say) is set where it exists.
+        blocks = [(block, rest, name) for name, block in data[first].items() if rest[0] in block]
+    else:
+        blocks = [(data, [first, *rest], "")]
+    for block, path, _ in blocks:
+        for part in path[:-1]:
+            if not isinstance(block.get(part), dict):
+                raise StillhouseError(
+                    f"{key}: unknown parameter{near(part, list(block))}; there are {', '.join(block)}"
+                )
+            block = block[part]
+        if path[-1] == "algorithm" and block.get("algorithm") != value:
+            # The other algorithm's own defaults, not this one's settings; the budget is what both have.
+            for field in set(block) - {"env_steps", "gamma"}:
+                del block[field]
+        block[path[-1]] = value
+
+
+def _budget(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1000:
+        raise StillhouseError(
+            f"budget: a number above 0 and at most 1000 is allowed, but {value!r} was given"
+        )
+    return float(value)
+
+
+def _scaled(data: dict[str, Any], budget: float) -> dict[str, Any]:
+    """Every teacher's and learner's env steps and every student's updates, times ``budget``."""
+    if budget != 1.0:
+        learners = [
+            *data["train_teacher"].values(),
+            *(block["learner"] for block in data["fine_tune"].values()),
+        ]
+        for block, field in [(x, "env_steps") for x in learners] + [
+            (x, "updates") for x in data["distill_student"].values()
+        ]:
+            if isinstance(block.get(field), int):
+                block[field] = max(1, round(block[field] * budget))
+    return data
+
+
+def check_environments(params: Params) -> None:
+    """Make each environment once, before any work.
+
+    Raises:
+        StillhouseError: unknown id, a module that does not import, unsupported spaces, or a transfer to other spaces
+            where a source with the same spaces is claimed.
+    """
+    specs = {
+        name: environment_spec(*describe(params.environments[name]), name)
+        for name in sorted({*params.train_teacher, *params.fine_tune})
+    }
+    for name, transfer in params.fine_tune.items():
+        if transfer.source and specs[name] != specs[transfer.source]:
+            raise StillhouseError(
+                f"fine_tune.{name}.source: {transfer.source!r} has other spaces than {name!r}; leave source empty to "
+                "start with a new adapter and head"
+            )

@@ -1,0 +1,447 @@
+"""The plan: ``Params -> stages -> dvc.yaml``. Each stage is declared here, once; DVC and Prefect both read this.
+
+``python -m tasks.plan SUITE [--set key=value ...]`` writes ``params/pipeline.yaml`` and ``dvc.yaml`` and drops from ``dvc.lock``
+what no longer exists; without SUITE it renders ``dvc.yaml`` from ``params/pipeline.yaml`` as it stands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import re
+import shlex
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ruamel.yaml import YAML
+
+from stillhouse.errors import StillhouseError
+from stillhouse.files import write_atomic
+from tasks.digest_code import FOLDER as CODE
+from tasks.digest_code import kind_of
+from tasks.stage import DVC_YAML, PIPELINE, stage_name
+
+if TYPE_CHECKING:
+    from tasks.params import Params
+
+DVC_LOCK = Path("dvc.lock")
+DVC_HEADER = "# generated: edit params/ and run `stillhouse plan`\n"
+PIPELINE_HEADER = (
+    "# The active parameters, complete: written by `stillhouse plan SUITE` from params/suites/.\n"
+)
+_HASH_LINE = re.compile(r"# of this content: ([0-9a-f]{16})\n")
+
+# Env steps (or updates) per second on one core, only to start what takes longest first.
+SPEEDS = {"dqn": 2_500.0, "pqn": 12_000.0}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of ``dvc.yaml``, run by one Prefect task in one process.
+
+    Attributes:
+        name: by ``tasks.stage.stage_name``.
+        argv: the command, run in the workspace's root.
+        deps: every file and folder read, its code digest among them.
+        params: keys of ``params/pipeline.yaml``.
+        outs: files and folders written; ``metrics`` and ``plots`` (x and y column by file) are outs too.
+        environments: names a user may select the stage by.
+        cost: expected seconds.
+        always_changed: run at every occasion.
+    """
+
+    name: str
+    argv: list[str]
+    deps: list[str] = field(default_factory=list)
+    params: list[str] = field(default_factory=list)
+    outs: list[str] = field(default_factory=list)
+    metrics: list[str] = field(default_factory=list)
+    plots: dict[str, dict[str, str]] = field(default_factory=dict)
+    environments: list[str] = field(default_factory=list)
+    cost: float = 1.0
+    always_changed: bool = False
+
+    @property
+    def verb(self) -> str:
+        """The stage's kind of work: its params block, module and out folder are called by it."""
+        return self.name.partition("-")[0]
+
+    @property
+    def writes(self) -> list[str]:
+        """Every out."""
+        return [*self.outs, *self.metrics, *self.plots]
+
+    def row(self) -> dict[str, Any]:
+        """The stage as DVC reads it."""
+        row: dict[str, Any] = {"cmd": shlex.join(self.argv)}
+        if self.deps:
+            row["deps"] = sorted(self.deps)
+        if self.params:
+            row["params"] = [{str(PIPELINE): sorted(self.params)}]
+        if self.outs:
+            row["outs"] = sorted(self.outs)
+        if self.metrics:
+            row["metrics"] = sorted(self.metrics)
+        if self.plots:
+            row["plots"] = [{path: columns} for path, columns in sorted(self.plots.items())]
+        if self.always_changed:
+            row["always_changed"] = True
+        return row
+
+
+def stages_of(params: Params) -> list[Stage]:
+    """Every stage of the pipeline, each after those it reads from."""
+    stages: list[Stage] = []
+    seeds = sorted(params.seeds)
+
+    def python(verb: str, *arguments: str) -> list[str]:
+        return ["python", "-m", f"tasks.{verb}", *arguments]
+
+    def code(verb: str, algorithm: str = "") -> str:
+        return str(CODE / f"{kind_of(verb, algorithm)}.json")
+
+    def module_files(environment: str) -> list[str]:
+        return user_module_files(params.environments[environment].module)
+
+    for name, teacher in sorted(params.train_teacher.items()):
+        for seed in seeds:
+            base = f"data/teachers/{name}-s{seed}"
+            stages.append(
+                Stage(
+                    name=stage_name("train_teacher", name, seed=seed),
+                    argv=python("train_teacher", name, "--seed", str(seed)),
+                    deps=[code("train_teacher", teacher.algorithm), *module_files(name)],
+                    params=[f"environments.{name}", f"train_teacher.{name}"],
+                    outs=[base, f"data/training_state/{name}-s{seed}"],
+                    metrics=[f"{base}.json"],
+                    plots={f"{base}.csv": {"x": "env_steps", "y": "mean_return"}},
+                    environments=[name],
+                    cost=teacher.env_steps / SPEEDS[teacher.algorithm],
+                )
+            )
+            dataset = f"data/datasets/{name}-s{seed}"
+            stages.append(
+                Stage(
+                    name=stage_name("collect_dataset", name, seed=seed),
+                    argv=python("collect_dataset", name, "--seed", str(seed)),
+                    deps=[code("collect_dataset"), base, *module_files(name)],
+                    params=[f"environments.{name}", f"collect_dataset.{name}"],
+                    outs=[dataset],
+                    metrics=[f"{dataset}.json"],
+                    environments=[name],
+                    cost=params.collect_dataset[name].transitions / 10_000,
+                )
+            )
+    for name, student in sorted(params.distill_student.items()):
+        for seed in seeds:
+            base = f"data/students/{name}-s{seed}"
+            sources = sorted(student.environments)
+            stages.append(
+                Stage(
+                    name=stage_name("distill_student", name, seed=seed),
+                    argv=python("distill_student", name, "--seed", str(seed)),
+                    deps=[code("distill_student")]
+                    + [f"data/datasets/{source}-s{seed}" for source in sources]
+                    + [path for source in sources for path in module_files(source)],
+                    params=[f"distill_student.{name}", *(f"environments.{source}" for source in sources)],
+                    outs=[base],
+                    metrics=[f"{base}.json"],
+                    plots={f"{base}.csv": {"x": "updates", "y": "agreement"}},
+                    environments=sources,
+                    cost=student.updates / 200,
+                )
+            )
+    for name, transfer in sorted(params.fine_tune.items()):
+        for mode in sorted(transfer.modes):
+            for seed in seeds:
+                base = f"data/transfer/{name}-{mode}-s{seed}"
+                dataset_needed = bool(transfer.source) and mode != "scratch"
+                stages.append(
+                    Stage(
+                        name=stage_name("fine_tune", name, mode, seed),
+                        argv=python("fine_tune", name, "--mode", mode, "--seed", str(seed)),
+                        deps=[
+                            code("fine_tune", transfer.learner.algorithm),
+                            f"data/students/{transfer.student}-s{seed}",
+                            *([f"data/datasets/{transfer.source}-s{seed}"] if dataset_needed else []),
+                            *module_files(name),
+                        ],
+                        params=[f"environments.{name}", f"fine_tune.{name}"],
+                        outs=[base],
+                        metrics=[f"{base}.json"],
+                        plots={f"{base}.csv": {"x": "env_steps", "y": "mean_return"}},
+                        environments=[name],
+                        cost=transfer.learner.env_steps / SPEEDS[transfer.learner.algorithm],
+                    )
+                )
+    for name in sorted(params.train_teacher):
+        students = sorted(
+            student for student, block in params.distill_student.items() if name in block.environments
+        )
+        for seed in seeds:
+            stages.append(
+                Stage(
+                    name=stage_name("evaluate", name, seed=seed),
+                    argv=python("evaluate", name, "--seed", str(seed)),
+                    deps=[
+                        code("evaluate"),
+                        f"data/teachers/{name}-s{seed}",
+                        *(f"data/students/{student}-s{seed}" for student in students),
+                        *module_files(name),
+                    ],
+                    params=[f"environments.{name}", "evaluate"],
+                    metrics=[f"data/evaluation/{name}-s{seed}.json"],
+                    environments=[name],
+                    cost=5.0 * (2 + len(students)),
+                )
+            )
+    results = [path for stage in stages for path in [*stage.metrics, *stage.plots]]
+    stages.append(
+        Stage(
+            name="report",
+            argv=python("report"),
+            deps=[code("report"), *results],
+            params=[
+                "suite",
+                "seeds",
+                "environments",
+                "train_teacher",
+                "distill_student",
+                "fine_tune",
+                "report",
+            ],
+            outs=["data/evaluation/report.html", "data/evaluation/learning_curves.png"],
+            metrics=["data/evaluation/results.json"],
+            plots={"data/evaluation/comparison.csv": {"x": "environment", "y": "normalised_score"}},
+            cost=5.0,
+        )
+    )
+    digests = sorted({dep for stage in stages for dep in stage.deps if dep.startswith(f"{CODE}/")})
+    digest_code = Stage(
+        name="digest_code",
+        argv=python("digest_code", "--device", params.device, *(Path(path).stem for path in digests)),
+        outs=digests,
+        always_changed=True,
+    )
+    _check_unique(stages)
+    return [digest_code, *stages]
+
+
+def user_module_files(module: str) -> list[str]:
+    """The files of the user's own environment module, where it lies in the workspace; an installed one has none."""
+    if not module:
+        return []
+    base = Path(*module.split("."))
+    candidates = [base.with_suffix(".py"), base / "__init__.py"]
+    parents = [parent / "__init__.py" for parent in base.parents if parent != Path()]
+    if not any(path.is_file() for path in candidates):
+        return []
+    if candidates[1].is_file():  # a package: any file of it may matter
+        candidates = sorted(base.rglob("*.py"))
+    return sorted({str(path) for path in [*candidates, *parents] if path.is_file()})
+
+
+def _check_unique(stages: list[Stage]) -> None:
+    """Two stages of one name, or one out of two stages, would each hide the other."""
+    for what, names in (
+        ("stage name", [stage.name for stage in stages]),
+        ("out", [path for stage in stages for path in stage.writes]),
+    ):
+        if double := {name for name in names if names.count(name) > 1}:
+            raise StillhouseError(
+                f"two stages have the same {what} {min(double)!r}; rename an environment or a student"
+            )
+
+
+def top_level_plots(stages: Iterable[Stage]) -> list[dict[str, Any]]:
+    """Curves of many stages in one picture, for ``dvc plots show``."""
+    titles = {
+        "train_teacher": "Teachers",
+        "distill_student": "Students",
+        "fine_tune": "Transfer",
+        "report": "Evaluation",
+    }
+    plots = []
+    by_verb: dict[str, list[Stage]] = {}
+    for stage in stages:
+        by_verb.setdefault(stage.verb, []).append(stage)
+    for verb, title in titles.items():
+        curves = {path: columns for stage in by_verb.get(verb, []) for path, columns in stage.plots.items()}
+        if curves:
+            columns = next(iter(curves.values()))
+            definition: dict[str, Any] = {
+                "x": columns["x"],
+                "y": {path: curves[path]["y"] for path in sorted(curves)},
+            }
+            if verb == "report":
+                definition["template"] = "bar_horizontal"
+                definition["x"], definition["y"] = (
+                    columns["y"],
+                    dict.fromkeys(sorted(curves), columns["x"]),
+                )
+            plots.append({title: definition})
+    return plots
+
+
+def render(stages: list[Stage]) -> str:
+    """The text of ``dvc.yaml``: the same bytes for the same stages."""
+    content: dict[str, Any] = {"stages": {stage.name: stage.row() for stage in stages}}
+    if plots := top_level_plots(stages):
+        content["plots"] = plots
+    return sealed(DVC_HEADER, to_yaml(content))
+
+
+def to_yaml(content: Any) -> str:
+    """Plain data as YAML, keys in their given order."""
+    writer = YAML()
+    writer.default_flow_style = False
+    writer.width = 4096
+    writer.representer.ignore_aliases = lambda *_: True
+    text = io.StringIO()
+    writer.dump(content, text)
+    return text.getvalue()
+
+
+def sealed(header: str, body: str) -> str:
+    """``body`` under ``header`` and a line with its hash, by which a later edit is noticed."""
+    return f"{header}# of this content: {hashlib.sha256(body.encode()).hexdigest()[:16]}\n{body}"
+
+
+def edited_by_hand(path: Path) -> bool:
+    """Whether the file is there and its content is not what its seal says."""
+    if not path.exists():
+        return False
+    text = path.read_text()
+    seal = _HASH_LINE.search(text)
+    return seal is None or hashlib.sha256(text[seal.end() :].encode()).hexdigest()[:16] != seal[1]
+
+
+def refuse_hand_edit() -> None:
+    """Raises StillhouseError where ``dvc.yaml`` was edited by hand."""
+    if edited_by_hand(DVC_YAML):
+        raise StillhouseError(
+            f"{DVC_YAML} was edited by hand, but it is generated: make the change under params/, then run "
+            "`stillhouse plan --overwrite` to write it anew"
+        )
+
+
+def pruned_lock(text: str, names: set[str]) -> str:
+    """``dvc.lock`` without the entries of stages that are not in ``names``; all else byte for byte as it was."""
+    kept, keep, inside = [], True, False
+    for line in text.splitlines(keepends=True):
+        if not line.startswith(" "):
+            inside, keep = line.rstrip() == "stages:", True
+        elif inside and (entry := re.fullmatch(r"  ([^\s:]+):\s*", line)):
+            keep = entry[1] in names
+        if keep:
+            kept.append(line)
+    return "".join(kept)
+
+
+def make_plan(
+    suite: str, overrides: list[str], *, overwrite: bool = False, in_place_run: bool = False
+) -> list[Stage]:
+    """Plan: check the parameters, write ``params/pipeline.yaml`` and ``dvc.yaml``, prune ``dvc.lock``.
+
+    Args:
+        suite: name under ``params/suites/``; empty: ``params/pipeline.yaml`` as it stands.
+        overrides: ``key=value`` each.
+        overwrite: write ``dvc.yaml`` anew even where it was edited by hand.
+        in_place_run: refuse to replace parameters that were edited by hand.
+
+    Raises:
+        StillhouseError: one line: what is wrong with the parameters, or which file was edited by hand.
+    """
+    from tasks.params import check_environments, load_pipeline, load_suite
+
+    params = load_suite(suite, overrides) if suite else load_pipeline()
+    check_environments(params)
+    stages = stages_of(params)
+    if not overwrite:
+        refuse_hand_edit()
+    if suite:
+        if in_place_run and edited_by_hand(PIPELINE):
+            raise StillhouseError(
+                f"{PIPELINE} was edited by hand: keep the edit as params/suites/NAME.yaml and run that, or undo it with "
+                f"`stillhouse plan {suite}`"
+            )
+        _write_if_changed(PIPELINE, sealed(PIPELINE_HEADER, to_yaml(params.model_dump(mode="json"))))
+    _write_if_changed(DVC_YAML, render(stages))
+    if DVC_LOCK.exists():
+        _write_if_changed(DVC_LOCK, pruned_lock(DVC_LOCK.read_text(), {stage.name for stage in stages}))
+    return stages
+
+
+def check_plan() -> None:
+    """Raises StillhouseError where ``dvc.yaml`` is not what ``params/pipeline.yaml`` makes of it."""
+    from tasks.params import load_pipeline
+
+    refuse_hand_edit()
+    if not DVC_YAML.exists() or DVC_YAML.read_text() != render(stages_of(load_pipeline())):
+        raise StillhouseError(f"{DVC_YAML} is stale: run `stillhouse plan`")
+
+
+def _write_if_changed(path: Path, text: str) -> None:
+    if not path.exists() or path.read_text() != text:
+        write_atomic(path, text)
+
+
+def read_plan(text: str) -> list[Stage]:
+    """Stages from the JSON that ``--json`` prints."""
+    return [Stage(**row) for row in json.loads(text)]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m tasks.plan", allow_abbrev=False)
+    parser.add_argument(
+        "suite", nargs="?", default="", help="name under params/suites/; without it, the active parameters"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; fail where dvc.yaml is stale or edited"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check the parameters and write nothing")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="write dvc.yaml anew though it was edited by hand"
+    )
+    parser.add_argument("--in-place-run", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--json", action="store_true", help="print the stages as JSON")
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.overrides and not arguments.suite:
+            raise StillhouseError(
+                "--set: name the suite it applies to, for example `stillhouse plan quickstart --set ...`"
+            )
+        if arguments.check:
+            check_plan()
+            return
+        if arguments.dry_run:
+            from tasks.params import check_environments, load_suite
+
+            params = load_suite(arguments.suite, arguments.overrides)
+            check_environments(params)
+            stages = stages_of(params)
+        else:
+            stages = make_plan(
+                arguments.suite,
+                arguments.overrides,
+                overwrite=arguments.overwrite,
+                in_place_run=arguments.in_place_run,
+            )
+        if arguments.json:
+            print(json.dumps([asdict(stage) for stage in stages]))
+        else:
+            print(f"{len(stages)} stages in {DVC_YAML}")
+    except StillhouseError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

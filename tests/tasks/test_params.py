@@ -1,0 +1,143 @@
+"""What users may type, and the one line they get for what they may not."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from stillhouse.errors import StillhouseError
+from tasks.params import check_environments, load_pipeline, load_suite, parse_override
+from tasks.plan import make_plan
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "params", tmp_path / "params")
+    (tmp_path / "params/pipeline.yaml").unlink(missing_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("a.b=0.5", "a.b", 0.5),
+        ("a.b=1", "a.b", 1),
+        ("a.b=kl", "a.b", "kl"),
+        ("a-b.c=[1, 2]", "a-b.c", [1, 2]),
+        ("a.b=true", "a.b", True),
+        ("a.b=null", "a.b", None),
+        ("a.b=", "a.b", ""),
+        ("a.b=x=y", "a.b", "x=y"),
+    ],
+)
+def test_overrides_are_read_as_yaml(override, key, value):
+    parsed = parse_override(override)
+    assert parsed == (key, value)
+    assert type(parsed[1]) is type(value)
+
+
+def test_an_override_with_a_name_and_one_for_every_name():
+    params = load_suite("quickstart", ["train_teacher.cartpole.gamma=0.9", "distill_student.loss=mse", "seeds=[5]"])
+    assert params.train_teacher["cartpole"].gamma == 0.9
+    assert params.train_teacher["acrobot"].gamma == 0.99
+    assert params.distill_student["small"].loss == "mse"
+    assert params.seeds == [5]
+    # A field that only some algorithms have is set where it exists.
+    params = load_suite("quickstart", ["train_teacher.replay_capacity=1234567"])
+    assert params.train_teacher["cartpole"].model_dump()["replay_capacity"] == 1234567
+    assert params.train_teacher["breakout"].algorithm == "pqn"
+
+
+def test_the_budget_scales_every_budget():
+    plain, half = load_suite("quickstart", []), load_suite("quickstart", ["budget=0.5"])
+    for name, teacher in plain.train_teacher.items():
+        assert half.train_teacher[name].env_steps == teacher.env_steps // 2
+    for name, student in plain.distill_student.items():
+        assert half.distill_student[name].updates == student.updates // 2
+    for name, transfer in plain.fine_tune.items():
+        assert half.fine_tune[name].learner.env_steps == transfer.learner.env_steps // 2
+
+
+def test_another_algorithm_brings_its_own_defaults():
+    params = load_suite("quickstart", ["train_teacher.cartpole.algorithm=pqn"])
+    assert params.train_teacher["cartpole"].algorithm == "pqn"
+    assert params.train_teacher["cartpole"].env_steps == load_suite("quickstart", []).train_teacher["cartpole"].env_steps
+
+
+def test_the_written_parameters_are_complete_and_the_same():
+    make_plan("quickstart", [])
+    assert load_pipeline() == load_suite("quickstart", [])
+    assert "batch_size" in Path("params/pipeline.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train_teacher.cartpole.gamma=1.5"], ["train_teacher.cartpole", "gamma", "1.5", "less than or equal to 1"]),
+        (["train_teacher.cartpole.gama=0.5"], ["gama", "did you mean", "gamma"]),
+        (["train_teacher.cartpol.gamma=0.5"], ["cartpol", "did you mean", "cartpole"]),
+        (["distill_student.los=mse"], ["distill_student.los", "loss"]),
+        (["distill_student.loss=huber"], ["loss", "'huber'", "'kl'"]),
+        (["trainteacher.gamma=0.5"], ["trainteacher", "train_teacher"]),
+        (["train_teacher.cartpole.network.torso.x=1"], ["network.torso.x"]),
+        (["seeds=[]"], ["seeds"]),
+        (["seeds=[1, 1]"], ["seeds"]),
+        (["budget=0"], ["budget", "0"]),
+        (["distill_student.environments=[pong]"], ["pong", "environment with a teacher"]),
+        (["fine_tune.cartpole-long.student=smal"], ["smal", "did you mean", "small"]),
+        (["nonsense"], ["nonsense", "key=value"]),
+        (["a b=1"], ["a b=1", "key=value"]),
+        (["seeds=[1"], ["seeds=[1", "cannot be read"]),
+        (["train_teacher.cartpole.env_steps=.inf"], ["env_steps"]),
+    ],
+)
+def test_a_mistake_is_one_line(overrides, words):
+    with pytest.raises(StillhouseError) as caught:
+        load_suite("quickstart", overrides)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert all(word in text for word in words), text
+
+
+def test_unknown_suite_names_near_ones():
+    with pytest.raises(StillhouseError, match=r"unknown suite 'quikstart' \(did you mean 'quickstart'"):
+        load_suite("quikstart", [])
+    with pytest.raises(StillhouseError, match="unknown suite"):
+        load_suite("../../etc/passwd", [])
+
+
+@pytest.mark.parametrize("name", ["CartPole", "a_b", "a--b", "-a", "a.b", "", "a/b", "x" * 65])
+def test_names_are_slugs(name):
+    text = Path("params/suites/smoke.yaml").read_text()
+    Path("params/suites/bad.yaml").write_text(text.replace("cartpole-long", f'"{name}"'))
+    with pytest.raises(StillhouseError) as caught:
+        load_suite("bad", [])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("environments.cartpole.id=CartPol-v1", ["CartPol-v1", "did you mean", "CartPole-v1"]),
+        ("environments.cartpole.id=Pendulum-v1", ["cartpole", "Box", "Discrete"]),
+        ("environments.cartpole.id=Blackjack-v1", ["cartpole", "Tuple"]),
+        ("environments.cartpole.module=broken_module", ["broken_module", "ZeroDivisionError"]),
+        ("environments.cartpole.module=no_such_module", ["no_such_module"]),
+        ("environments.cartpole.options={gravity: 3}", ["CartPole-v1", "gravity"]),
+        ("fine_tune.cartpole-long.source=breakout", ["cartpole-long", "breakout", "other spaces"]),
+    ],
+)
+def test_environments_are_checked_before_any_work(override, words):
+    Path("broken_module.py").write_text("1 / 0\n")
+    params = load_suite("smoke", [override])
+    with pytest.raises(StillhouseError) as caught:
+        check_environments(params)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert all(word in text for word in words), text
