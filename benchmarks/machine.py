@@ -1,0 +1,46 @@
+"""What a result was measured on and by what: commit, command, processor, versions."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def provenance() -> dict[str, Any]:
+    """The run's circumstances, as plain data."""
+    model = next(
+        (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    return {
+        "command": "python -m " + " ".join([(sys.modules["__main__"].__spec__ or _Unnamed).name, *sys.argv[1:]]),
+        "commit": subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip(),
+        "machine": {"processor": model, "cores": os.cpu_count(), "system": platform.system()},
+        "versions": {name: version(name) for name in ("torch", "numpy", "gymnasium", "prefect", "dvc", "minatar")},
+        "python": platform.python_version(),
+    }
+
+
+class _Unnamed:
+    name = "benchmarks"
+
+
+def save(name: str, result: dict[str, Any]) -> None:
+    """Write ``benchmarks/results/<name>.json``."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
+
+
+def load(name: str) -> dict[str, Any]:
+    """What ``save`` wrote, or nothing."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
