@@ -104,6 +104,12 @@ def test_the_same_seed_gives_the_same_episodes_and_streams_differ() -> None:
         assert (first.returns != other.returns).any()
 
 
+def test_greedy_validation_plays_other_episodes() -> None:
+    test = evaluate(always(0), CARTPOLE, 12, seed=3)
+    validation = evaluate(always(0), CARTPOLE, 12, seed=3, stream="validation")
+    assert (test.returns != validation.returns).any()
+
+
 def test_test_and_validation_episodes_are_not_those_of_training() -> None:
     firsts = [
         VectorEnvironment(CARTPOLE, 16, 0, stream).reset() for stream in ("training", "validation", "test")

@@ -93,7 +93,11 @@ def test_a_missing_encoder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_missing_drawing_is_named_and_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from gymnasium.envs.classic_control.cartpole import CartPoleEnv
 
-    def undrawable(self: CartPoleEnv) -> None:
+    frames = iter([np.zeros((400, 600, 3), np.uint8)] * 3)
+
+    def undrawable(self: CartPoleEnv) -> np.ndarray:
+        for frame in frames:
+            return frame
         raise gymnasium.error.DependencyNotInstalled("pygame is not installed")
 
     monkeypatch.setattr(CartPoleEnv, "render", undrawable)
