@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from types import TracebackType
 from typing import Any
@@ -13,7 +14,8 @@ from tasks.stage import progress_line
 
 PLAIN_SECONDS = 10.0
 
-console = Console(highlight=False, soft_wrap=True)
+# Into a file or a pipe, tables keep their width and lines are never broken.
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 
 
 class Display:
@@ -89,9 +91,11 @@ class Display:
             if name in self._quiet:
                 return
         count = f"[{self._done}/{self._total}]"
-        style, word = {"Completed": ("green", "done"), "Cached": ("cyan", "cached"), "Failed": ("red", "failed")}.get(
-            state, ("yellow", state.lower())
-        )
+        style, word = {
+            "Completed": ("green", "done"),
+            "Cached": ("cyan", "cached"),
+            "Failed": ("red", "failed"),
+        }.get(state, ("yellow", state.lower()))
         seconds = time.monotonic() - self._started[name]
         text = message if state not in ("Completed", "Cached") else f"{seconds:.1f} s"
         console.print(f"  [{style}]{word:<9}[/] {name}  {text}  [dim]\\{count}[/]")

@@ -17,15 +17,8 @@ from flows.workspace import commit_of
 RESULTS = Path("data/evaluation/results.json")
 REPORT = Path("data/evaluation/report.html")
 CURVES = Path("data/evaluation/learning_curves.png")
-COLUMNS = (
-    "environment",
-    "student",
-    "teacher return",
-    "student return",
-    "random return",
-    "score",
-    "parameters",
-)
+COLUMNS = ("environment", "teacher", "student", "random", "score", "parameters")
+TRANSFER_COLUMNS = ("target", "mode", "first return", "last return", "area against scratch")
 
 
 def _value(number: dict[str, float] | None) -> str:
@@ -36,33 +29,21 @@ def _value(number: dict[str, float] | None) -> str:
     return f"{text} [{number['low']:.4g}, {number['high']:.4g}]" if "low" in number else text
 
 
-def rows(results: dict[str, Any]) -> list[list[str]]:
-    """``COLUMNS`` for each student and environment, and a line for each student as a whole."""
-    table = []
-    for name, student in results["students"].items():
-        for environment, found in student["environments"].items():
-            table.append(
-                [
-                    environment,
-                    name,
-                    _value(found["teacher"]),
-                    _value(found["student"]),
-                    _value(found["random"]),
-                    _value(found["normalised_score"]),
-                    f"teacher {found['teacher_parameters']:,}",
-                ]
-            )
-        table.append(
-            [
-                "all",
-                name,
-                "",
-                "",
-                "",
-                f"{_value(student['geometric_mean'])} (geometric mean)",
-                f"{student['parameters']:,} = teachers' {student['teacher_parameters']:,} / {student['compression']:.1f}",
-            ]
-        )
+def rows(student: dict[str, Any]) -> list[list[str]]:
+    """``COLUMNS`` for each environment of a student, and for the student as a whole."""
+    table = [
+        [
+            environment,
+            _value(found["teacher"]),
+            _value(found["student"]),
+            _value(found["random"]),
+            _value(found["normalised_score"]),
+            f"{found['teacher_parameters']:,}",
+        ]
+        for environment, found in student["environments"].items()
+    ]
+    score, times = _value(student["geometric_mean"]), f"{student['compression']:.1f}"
+    table.append(["geometric mean", "", "", "", score, f"{student['parameters']:,} (teachers / {times})"])
     return table
 
 
@@ -91,24 +72,25 @@ def show(workspace: Path, checkout: Path) -> None:
     results = _read(workspace)
     if results is None:
         return
-    for columns, content in (
-        (COLUMNS, rows(results)),
-        (("target", "mode", "first return", "last return", "area against scratch"), transfer_rows(results)),
-    ):
-        if not content:
-            continue
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-        for index, column in enumerate(columns):
-            table.add_column(column, justify="left" if index < 2 else "right", no_wrap=True)
-        for row in content:
-            table.add_row(*row, style="bold" if row[0] == "all" else "")
-        console.print()
-        console.print(table, crop=False, overflow="ignore")
+    for name, student in results["students"].items():
+        _print_table(f"student {name}", COLUMNS, rows(student))
+    if transfer := transfer_rows(results):
+        _print_table("transfer", TRANSFER_COLUMNS, transfer)
     report = workspace / REPORT
     if report.exists():
         console.print(
             f"\nreport {report.relative_to(checkout) if report.is_relative_to(checkout) else report}"
         )
+
+
+def _print_table(title: str, columns: tuple[str, ...], content: list[list[str]]) -> None:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 or column == "mode" else "right")
+    for row in content:
+        table.add_row(*row, style="bold" if row[0] == "geometric mean" else "")
+    console.print(f"\n[bold]{title}[/]")
+    console.print(table)
 
 
 def publish(workspace: Path) -> None:
@@ -124,9 +106,12 @@ def publish(workspace: Path) -> None:
     if results is None:
         return
     about = f"commit {commit_of(workspace) or 'unknown'}, {time.strftime('%Y-%m-%d %H:%M:%S %z')}"
-    create_table_artifact(
-        [dict(zip(COLUMNS, row, strict=True)) for row in rows(results)], key="results", description=about
-    )
+    table = [
+        {"student": name, **dict(zip(COLUMNS, row, strict=True))}
+        for name, student in results["students"].items()
+        for row in rows(student)
+    ]
+    create_table_artifact(table, key="results", description=about)
     with contextlib.suppress(OSError):
         picture = base64.b64encode((workspace / CURVES).read_bytes()).decode()
         create_image_artifact(f"data:image/png;base64,{picture}", key="learning-curves", description=about)
@@ -139,18 +124,13 @@ def publish(workspace: Path) -> None:
 
 
 def _markdown(results: dict[str, Any], about: str, report: Path) -> str:
-    lines = [
-        f"{about}. Full report: `{report}`",
-        "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|---" * len(COLUMNS) + "|",
-    ]
-    lines += ["| " + " | ".join(row) + " |" for row in rows(results)]
+    def table(columns: tuple[str, ...], content: list[list[str]]) -> list[str]:
+        body = ["| " + " | ".join(row) + " |" for row in content]
+        return ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|", *body, ""]
+
+    lines = [f"{about}. Full report: `{report}`", ""]
+    for name, student in results["students"].items():
+        lines += [f"### Student {name}", "", *table(COLUMNS, rows(student))]
     if transfer := transfer_rows(results):
-        lines += [
-            "",
-            "| target | mode | first return | last return | area against scratch |",
-            "|---|---|---|---|---|",
-        ]
-        lines += ["| " + " | ".join(row) + " |" for row in transfer]
+        lines += ["### Transfer", "", *table(TRANSFER_COLUMNS, transfer)]
     return "\n".join(lines)

@@ -110,7 +110,10 @@ class Params(Config):
                 sources = list(self.distill_student[transfer.student].environments)
                 check(transfer.source, sources, f"fine_tune.{name}.source", "environment of that student")
         lists: dict[str, list[Any]] = {"seeds": list(self.seeds)}
-        lists |= {f"distill_student.{name}.environments": list(s.environments) for name, s in self.distill_student.items()}
+        lists |= {
+            f"distill_student.{name}.environments": list(s.environments)
+            for name, s in self.distill_student.items()
+        }
         for where, values in lists.items():
             if len(set(values)) != len(values):
                 raise ValueError(f"{where}: each may stand once only")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import time
 from pathlib import Path
@@ -109,7 +110,11 @@ def test_an_edit_reruns_what_depends_on_it_only_as_far_as_it_changes(chain):
 def test_a_failure_stops_what_depends_on_it_and_nothing_else(toy, prefect_harness):
     fail = "print('error: the teacher is too weak', file=sys.stderr); sys.exit(2)"
     plan = toy_plan(
-        toy_stage("a", script=fail), toy_stage("b"), toy_stage("c", "a", "b"), toy_stage("d", "c"), toy_stage("e", "b")
+        toy_stage("a", script=fail),
+        toy_stage("b"),
+        toy_stage("c", "a", "b"),
+        toy_stage("d", "c"),
+        toy_stage("e", "b"),
     )
     outcome = run(plan)
     assert outcome.failed == {"a": "the teacher is too weak"}
@@ -136,14 +141,19 @@ def test_as_many_at_a_time_as_asked_and_the_longest_first(toy, prefect_harness):
         toy_stage("middle", script=record, cost=5),
     )
     run(plan, workers=2)
-    times = {name: tuple(map(float, Path(f"time-{name}").read_text().split())) for name in ("short", "middle", "long")}
+    times = {
+        name: tuple(map(float, Path(f"time-{name}").read_text().split()))
+        for name in ("short", "middle", "long")
+    }
     assert times["short"][0] >= min(times["long"][1], times["middle"][1])
     for name in ("short", "middle", "long"):
         Path(f"data/{name}").unlink()
     shutil.rmtree(".dvc/cache")
     run(plan, workers=1)
-    spans = sorted(tuple(map(float, Path(f"time-{name}").read_text().split())) for name in ("short", "middle", "long"))
-    assert all(first[1] <= second[0] for first, second in zip(spans, spans[1:], strict=False))
+    spans = sorted(
+        tuple(map(float, Path(f"time-{name}").read_text().split())) for name in ("short", "middle", "long")
+    )
+    assert all(first[1] <= second[0] for first, second in itertools.pairwise(spans))
 
 
 def test_a_stop_ends_the_stages_and_the_next_run_goes_on(toy, prefect_harness):

@@ -11,7 +11,9 @@ from pathlib import Path
 from tasks.plan import DVC_YAML, Stage, render
 
 
-def toy_stage(name: str, *parents: str, script: str = "", cost: float = 1.0, environments: tuple[str, ...] = ()) -> Stage:
+def toy_stage(
+    name: str, *parents: str, script: str = "", cost: float = 1.0, environments: tuple[str, ...] = ()
+) -> Stage:
     """A stage that writes its name and what its parents wrote, after ``script``; ``count-NAME`` counts its runs."""
     code = (
         "import os, pathlib, sys, time\n"
@@ -51,7 +53,11 @@ def runs(name: str) -> int:
 
 def with_path() -> dict[str, str]:
     """The environment in which `python` is this one."""
-    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "SHELL": "/bin/sh"}
+    return {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "SHELL": "/bin/sh",
+    }
 
 
 def dvc(*arguments: str) -> str:

@@ -20,7 +20,11 @@ def test_comments_docstrings_and_layout_do_not_count():
     plain = 'def f(x):\n    return x + 1\n\nclass A:\n    y = "text"\n'
     dressed = '"""Module."""\n# why\ndef f(x):\n    """Doc."""\n\n    return (x\n            + 1)  # note\nclass A:\n    "Doc."\n    y = \'text\'\n'
     assert digest_source(plain) == digest_source(dressed)
-    for other in (plain.replace("+ 1", "+ 2"), plain.replace("text", "texts"), plain.replace("return x", "return -x")):
+    for other in (
+        plain.replace("+ 1", "+ 2"),
+        plain.replace("text", "texts"),
+        plain.replace("return x", "return -x"),
+    ):
         assert digest_source(other) != digest_source(plain)
 
 

@@ -27,11 +27,15 @@ def project(tmp_path, monkeypatch):
     (tmp_path / "data/.gitignore").write_text("*\n!.gitignore\n")
     (tmp_path / "params/pipeline.yaml").write_text("{}\n")
     (tmp_path / "source").write_text("text")
-    touch = "test -z \"$STILLHOUSE_MARKER\" || touch \"$STILLHOUSE_MARKER\""
+    touch = 'test -z "$STILLHOUSE_MARKER" || touch "$STILLHOUSE_MARKER"'
     rows = "stages:\n"
     for name, command in (("slow", "sleep 2; cat source > data/slow"), ("quick", "cat source > data/quick")):
         rows += f"  {name}:\n    cmd: '{touch}; {command}'\n    deps: [source]\n    outs: [data/{name}]\n"
-    rows += "  reader:\n    cmd: '" + touch + "; cat data/slow > data/reader'\n    deps: [data/slow]\n    outs: [data/reader]\n"
+    rows += (
+        "  reader:\n    cmd: '"
+        + touch
+        + "; cat data/slow > data/reader'\n    deps: [data/slow]\n    outs: [data/reader]\n"
+    )
     (tmp_path / "dvc.yaml").write_text(rows)
     monkeypatch.chdir(tmp_path)
     return tmp_path

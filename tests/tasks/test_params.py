@@ -43,7 +43,9 @@ def test_overrides_are_read_as_yaml(override, key, value):
 
 
 def test_an_override_with_a_name_and_one_for_every_name():
-    params = load_suite("quickstart", ["train_teacher.cartpole.gamma=0.9", "distill_student.loss=mse", "seeds=[5]"])
+    params = load_suite(
+        "quickstart", ["train_teacher.cartpole.gamma=0.9", "distill_student.loss=mse", "seeds=[5]"]
+    )
     assert params.train_teacher["cartpole"].gamma == 0.9
     assert params.train_teacher["acrobot"].gamma == 0.99
     assert params.distill_student["small"].loss == "mse"
@@ -67,7 +69,10 @@ def test_the_budget_scales_every_budget():
 def test_another_algorithm_brings_its_own_defaults():
     params = load_suite("quickstart", ["train_teacher.cartpole.algorithm=pqn"])
     assert params.train_teacher["cartpole"].algorithm == "pqn"
-    assert params.train_teacher["cartpole"].env_steps == load_suite("quickstart", []).train_teacher["cartpole"].env_steps
+    assert (
+        params.train_teacher["cartpole"].env_steps
+        == load_suite("quickstart", []).train_teacher["cartpole"].env_steps
+    )
 
 
 def test_the_written_parameters_are_complete_and_the_same():
@@ -79,7 +84,10 @@ def test_the_written_parameters_are_complete_and_the_same():
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["train_teacher.cartpole.gamma=1.5"], ["train_teacher.cartpole", "gamma", "1.5", "less than or equal to 1"]),
+        (
+            ["train_teacher.cartpole.gamma=1.5"],
+            ["train_teacher.cartpole", "gamma", "1.5", "less than or equal to 1"],
+        ),
         (["train_teacher.cartpole.gama=0.5"], ["gama", "did you mean", "gamma"]),
         (["train_teacher.cartpol.gamma=0.5"], ["cartpol", "did you mean", "cartpole"]),
         (["distill_student.los=mse"], ["distill_student.los", "loss"]),

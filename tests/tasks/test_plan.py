@@ -10,7 +10,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from stillhouse.errors import StillhouseError
-from tasks.params import load_pipeline, load_suite, suite_names
+from tasks.params import load_pipeline, load_suite
 from tasks.plan import (
     DVC_YAML,
     Stage,
@@ -85,7 +85,10 @@ def test_a_smaller_list_leaves_nothing_behind(project):
     full = by_name(make_plan("quickstart", []))
     assert "train_teacher-acrobot-s1" in full
     fewer = by_name(make_plan("quickstart", ["seeds=[0]", "distill_student.small.environments=[cartpole]"]))
-    assert fewer["distill_student-small-s0"].deps == ["data/code/distill_student.json", "data/datasets/cartpole-s0"]
+    assert fewer["distill_student-small-s0"].deps == [
+        "data/code/distill_student.json",
+        "data/datasets/cartpole-s0",
+    ]
     assert not any(name.endswith("-s1") for name in fewer)
 
 

@@ -38,10 +38,17 @@ def workspace(tmp_path, monkeypatch):
     for folder in (".dvc", "params", "data/code"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "params/pipeline.yaml").write_text("train_teacher:\n  cartpole: {gamma: 0.9}\n")
-    modules = ["stillhouse", "tasks", *(f"stillhouse.{name}" for name in ("errors", "files", "checkpoint", "config", "types"))]
+    modules = [
+        "stillhouse",
+        "tasks",
+        *(f"stillhouse.{name}" for name in ("errors", "files", "checkpoint", "config", "types")),
+    ]
     modules += ["tasks.stage", "tasks.supervisor", "stillhouse.networks"]
     modules += [f"stillhouse.networks.{path.stem}" for path in (ROOT / "stillhouse/networks").glob("*.py")]
-    digest = {"environment": {"device": "cpu"}, "modules": dict.fromkeys([*modules, "stillhouse.seeding"], "")}
+    digest = {
+        "environment": {"device": "cpu"},
+        "modules": dict.fromkeys([*modules, "stillhouse.seeding"], ""),
+    }
     (tmp_path / "data/code/train_teacher-dqn.json").write_text(json.dumps(digest))
     (tmp_path / "dvc.yaml").write_text(
         "stages:\n  train_teacher-cartpole-s0:\n    cmd: python -m tasks.train_teacher cartpole --seed 0\n"
@@ -72,7 +79,12 @@ def run(workspace: Path, body: str, **environment: str) -> tuple[int, str]:
 
 def test_stage_names_never_collide():
     names = ["a", "a-full", "a-s0", "s0", "full", "a-full-s0"]
-    seen = [stage_name("fine_tune", name, mode, seed) for name in names for mode in ("full", "scratch") for seed in (0, 10)]
+    seen = [
+        stage_name("fine_tune", name, mode, seed)
+        for name in names
+        for mode in ("full", "scratch")
+        for seed in (0, 10)
+    ]
     seen += [stage_name("train_teacher", name, seed=seed) for name in names for seed in (0, 10)]
     seen += [stage_name("report"), stage_name("digest_code")]
     assert len(set(seen)) == len(seen)
@@ -172,7 +184,9 @@ def test_the_inputs_key_follows_every_input(workspace):
     (workspace / "params/pipeline.yaml").write_text("train_teacher:\n  cartpole: {gamma: 0.8}\n")
     second = inputs_key(entry)
     assert second != first
-    (workspace / "params/pipeline.yaml").write_text("train_teacher:\n  cartpole: {gamma: 0.9}\n  acrobot: {gamma: 1}\n")
+    (workspace / "params/pipeline.yaml").write_text(
+        "train_teacher:\n  cartpole: {gamma: 0.9}\n  acrobot: {gamma: 1}\n"
+    )
     assert inputs_key(entry) == first  # another stage's block
     (workspace / "data/code/train_teacher-dqn.json").write_text("{}")
     assert inputs_key(entry) != first
@@ -192,7 +206,9 @@ def test_scratch_is_shared_by_worktrees_and_locked(workspace, tmp_path_factory):
         "with hold_scratch('key') as folder: print(folder)"
     )
     with hold_scratch("key") as folder:
-        process = subprocess.Popen([sys.executable, "-c", waiter], cwd=other, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", waiter], cwd=other, stdout=subprocess.PIPE, text=True
+        )
         time.sleep(1.0)
         assert process.poll() is None
     assert process.communicate(timeout=20)[0].strip() == str(folder)
