@@ -7,7 +7,6 @@ import copy
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional
 
 from stillhouse.networks.adapters import PlanesAdapter
 from stillhouse.networks.multi_task import NetworkSize, NetworkSpec, build_network, parameter_count
@@ -48,14 +47,18 @@ def test_every_observation_kind(observation: ObservationSpec, layer_norm: bool) 
     assert all(parameter.grad is not None for parameter in network.parameters())
 
 
-def test_patches_are_a_convolution() -> None:
-    observation = ObservationSpec(kind="planes", shape=(10, 10, 4))
-    adapter = PlanesAdapter(observation, 6, 8, layer_norm=False)
-    planes = observe(observation, 3)
-    kernel = adapter.convolution.weight.view(6, 4, 3, 3)
-    maps = functional.conv2d(planes.permute(0, 3, 1, 2).float(), kernel, adapter.convolution.bias).relu()
-    expected = functional.relu(adapter.dense(maps.permute(0, 2, 3, 1).reshape(3, -1)))
-    torch.testing.assert_close(adapter(planes), expected)
+def test_a_convolution_sees_planes_the_same_whichever_way_they_lie() -> None:
+    last = PlanesAdapter(ObservationSpec(kind="planes", shape=(10, 10, 4)), 6, 8, layer_norm=True)
+    first = PlanesAdapter(
+        ObservationSpec(kind="planes", shape=(4, 10, 10), channels_first=True), 6, 8, layer_norm=True
+    )
+    first.load_state_dict(last.state_dict())
+    planes = observe(ObservationSpec(kind="planes", shape=(10, 10, 4)), 3)
+    torch.testing.assert_close(last(planes), first(planes.permute(0, 3, 1, 2)))
+    # One position by hand: the kernel over the 3x3 corner, normalised over the maps.
+    corner = torch.einsum("hwc,kchw->k", planes[0, :3, :3].float(), last.convolution.weight) + last.convolution.bias
+    maps = last.convolution(planes.permute(0, 3, 1, 2).float())
+    torch.testing.assert_close(maps[0, :, 0, 0], corner)
 
 
 def test_equal_shapes_share_an_adapter_and_every_environment_has_its_head() -> None:
