@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_serializer, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -58,6 +58,17 @@ class TransferParams(FineTuneConfig):
     )
     modes: list[Literal["full", "frozen", "scratch"]] = Field(default=["full", "scratch"], min_length=1)
     learner: TeacherConfig
+
+    @field_validator("learner", mode="before")
+    @classmethod
+    def _network_is_the_students(cls, learner: Any) -> Any:
+        if isinstance(learner, dict) and "network" in learner:
+            raise ValueError("a learner without 'network' is allowed: the network is the student's")
+        return learner
+
+    @field_serializer("learner")
+    def _without_network(self, learner: Any) -> dict[str, Any]:
+        return learner.model_dump(mode="json", exclude={"network"})
 
 
 class ReportParams(Config):
