@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: run test check lock clean
+.PHONY: run test check clean
 
 run: $(STAMP)
 	@$(BIN)/stillhouse run quickstart

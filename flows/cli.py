@@ -174,8 +174,8 @@ def _run(arguments: argparse.Namespace) -> int:
             ),
             *arguments.set,
         ]
-        # (Planning costs seconds; the flow does it anyway. Only what was typed is looked at here first.)
-        if overrides and not arguments.revision:
+        # (Not for the plain quickstart: the flow plans it anyway, and nobody typed anything.)
+        if not arguments.revision and (overrides or arguments.suite != "quickstart"):
             plan(checkout, arguments.suite, overrides, "--dry-run")
         with temporary_settings({PREFECT_API_URL: server.url()}):
             try:

@@ -18,7 +18,7 @@ from pydantic import Field
 from flows.display import console
 from flows.graph import Outcome, run_graph
 from flows.results import publish, show
-from flows.workspace import find_checkout, hold, make_worktree, plan
+from flows.workspace import find_checkout, hold, make_worktree, plan, remove_worktree
 from stillhouse.errors import StillhouseError
 from tasks.run_stage import call_dvc
 
@@ -126,7 +126,13 @@ def distillation(
             name = re.sub(r"[^a-z0-9-]", "-", f"{flow_run.name}-{str(flow_run.id)[:6]}".lower())
             workspace = make_worktree(checkout, name, revision)
             console.print(f"workspace {workspace.relative_to(checkout)}")
-            outcome = _run(workspace, suite, overrides, selection, workers, in_place_run=False)
+            try:
+                outcome = _run(workspace, suite, overrides, selection, workers, in_place_run=False)
+            except StillhouseError:
+                remove_worktree(
+                    checkout, workspace
+                )  # refused before any stage ran: nothing in it is worth keeping
+                raise
             show(workspace, checkout)
             experiment = _save(workspace, name) if not outcome.failed else ""
         console.print(outcome.text() + (f"; saved as experiment {experiment}" if experiment else ""))

@@ -73,6 +73,11 @@ def make_worktree(checkout: Path, name: str, revision: str) -> Path:
     return path
 
 
+def remove_worktree(checkout: Path, path: Path) -> None:
+    """Give a run's worktree up, with all that is in it; the shared cache keeps what stages have finished."""
+    git(checkout, "worktree", "remove", "--force", str(path))
+
+
 def _copy_uncommitted(checkout: Path, worktree: Path) -> None:
     """Bring over what the checkout has and HEAD has not: edits, deletions, and new files that git does not ignore."""
     changed = git(checkout, "diff", "--name-only", "--no-renames", "-z", "HEAD").split("\0")

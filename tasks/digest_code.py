@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import hashlib
 import os
 import runpy
@@ -25,7 +26,8 @@ from stillhouse.files import write_json
 
 FOLDER = Path("data/code")
 PACKAGES = ("stillhouse", "tasks")
-VERSIONS = ("torch", "numpy", "gymnasium", "minatar", "safetensors")
+VERSIONS = ("torch", "numpy", "scipy", "gymnasium", "minatar", "safetensors", "matplotlib")
+SIMULATORS = ("ale-py", "box2d", "mujoco", "envpool")  # only where they are installed
 
 
 def kind_of(verb: str, algorithm: str = "") -> str:
@@ -101,6 +103,9 @@ def environment(device: str) -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "absent"
+    for name in SIMULATORS:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
     return found
 
 

@@ -54,7 +54,8 @@ class TransferParams(FineTuneConfig):
     student: Name
     source: Name | Literal[""] = Field(
         default="",
-        description="a source environment with the same spaces: its head is kept too; empty: new spaces",
+        description="a source environment with the same observations: its head is taken too (as far as the actions go); empty: a "
+        "new adapter and head",
     )
     modes: list[Literal["full", "frozen", "scratch"]] = Field(default=["full", "scratch"], min_length=1)
     learner: TeacherConfig
@@ -277,8 +278,8 @@ def check_environments(params: Params) -> None:
         for name in sorted({*params.train_teacher, *params.fine_tune})
     }
     for name, transfer in params.fine_tune.items():
-        if transfer.source and specs[name] != specs[transfer.source]:
+        if transfer.source and specs[name].observation != specs[transfer.source].observation:
             raise StillhouseError(
-                f"fine_tune.{name}.source: {transfer.source!r} has other spaces than {name!r}; leave source empty to "
+                f"fine_tune.{name}.source: {transfer.source!r} has other observations than {name!r}; leave source empty to "
                 "start with a new adapter and head"
             )

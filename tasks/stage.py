@@ -18,8 +18,9 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -190,8 +191,17 @@ class Progress:
         self._next = 0.0
         self._scalars = _scalar_writer(name)
 
-    def update(self, done: float, total: float, unit: str = "steps", **latest: float) -> None:
-        """Report ``done`` of ``total`` units and the latest values of what is worth watching."""
+    def update(
+        self,
+        done: float,
+        total: float,
+        unit: str = "steps",
+        latest: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        """Report ``done`` of ``total`` units and the latest values by name, for example ``rollout/return``.
+
+        The values also go to TensorBoard, under ``logs/tensorboard/``.
+        """
         now = time.monotonic()
         if self._first_done is None:
             self._first_done = done  # a resumed stage starts in the middle; the rate must not count that
@@ -217,7 +227,10 @@ def progress_line(done: float, total: float, unit: str, rate: float, latest: dic
     parts = [f"{done:,.0f} of {total:,.0f} {unit} ({percent:.0f} %)"]
     if rate > 0:
         parts += [f"{rate:,.0f}/s", f"{max(total - done, 0) / rate:,.0f} s left"]
-    return ", ".join(parts + [f"{name.replace('_', ' ')} {value:.4g}" for name, value in latest.items()])
+    shown = list(latest.items())[:3]
+    return ", ".join(
+        parts + [f"{name.replace('_', ' ').replace('/', ' ')} {value:.4g}" for name, value in shown]
+    )
 
 
 def _scalar_writer(name: str) -> Callable[[int, dict[str, float]], None]:

@@ -222,6 +222,7 @@ def test_mistakes_are_one_line(clone):
         (["run", "smoke", "--set", "train_teacher.cartpole.gamma=2"], "gamma"),
         (["run", "smoke", "--seeds", "1000"], "100"),
         (["run", "smoke", "--in-place", "--only", "train_teachr"], "train_teacher"),
+        (["run", "smoke", "--in-place", "--revision", "HEAD"], "revision"),
         (["run", "../smoke"], "suite"),
         (["evaluate", "data/teachers/nobody"], "nobody"),
         (["plan", "smok"], "smoke"),
@@ -230,3 +231,8 @@ def test_mistakes_are_one_line(clone):
         assert printed.startswith("error: "), printed
         assert "\n" not in printed, printed
         assert word in printed, printed
+    # A run that is refused only inside its worktree leaves none behind.
+    printed = stillhouse(clone, "run", "smoke", "--only", "train_teachr", code=2)
+    assert "did you mean 'train_teacher" in printed
+    trees = subprocess.run(["git", "worktree", "list"], cwd=clone, capture_output=True, text=True).stdout
+    assert printed.split()[1].rpartition("/")[2] not in trees
