@@ -17,15 +17,22 @@ RESULTS = Path(__file__).parent / "results"
 def provenance() -> dict[str, Any]:
     """The run's circumstances, as plain data."""
     model = next(
-        (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
         platform.processor(),
     )
     git = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     return {
-        "command": "python -m " + " ".join([(sys.modules["__main__"].__spec__ or _Unnamed).name, *sys.argv[1:]]),
+        "command": "python -m "
+        + " ".join([(sys.modules["__main__"].__spec__ or _Unnamed).name, *sys.argv[1:]]),
         "commit": subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip(),
         "machine": {"processor": model, "cores": os.cpu_count(), "system": platform.system()},
-        "versions": {name: version(name) for name in ("torch", "numpy", "gymnasium", "prefect", "dvc", "minatar")},
+        "versions": {
+            name: version(name) for name in ("torch", "numpy", "gymnasium", "prefect", "dvc", "minatar")
+        },
         "python": platform.python_version(),
     }
 

@@ -59,7 +59,9 @@ def timed(command: list[str], folder: Path) -> dict[str, Any]:
         SystemExit: it failed.
     """
     started = time.perf_counter()
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     peak = 0
     over = threading.Event()
 
@@ -113,7 +115,9 @@ def parallel(work: Path) -> dict[str, Any]:
 
 def hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every out of every stage."""
-    files = (path for path in sorted((folder / "data").rglob("*")) if path.is_file() and path.name != ".gitignore")
+    files = (
+        path for path in sorted((folder / "data").rglob("*")) if path.is_file() and path.name != ".gitignore"
+    )
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -121,7 +125,11 @@ def repeat(work: Path) -> dict[str, Any]:
     """The quickstart from nothing in two clones: which files differ."""
     found = []
     for name in ("first", "second"):
-        folder = work / "run" if name == "first" and (work / "run/data/evaluation").is_dir() else clone(work / name)
+        folder = (
+            work / "run"
+            if name == "first" and (work / "run/data/evaluation").is_dir()
+            else clone(work / name)
+        )
         if not (folder / "data/evaluation/report.html").is_file():
             timed([*STILLHOUSE, "run", "quickstart"], folder)
         found.append(hashes(folder))
@@ -134,7 +142,12 @@ PARTS = {"run": run, "parallel": parallel, "repeat": repeat}
 
 def table(results: dict[str, Any]) -> str:
     """The results as Markdown."""
-    lines = ["# Quickstart", "", "Made by `python -m benchmarks.quickstart`; `quickstart.json` has commit and machine.", ""]
+    lines = [
+        "# Quickstart",
+        "",
+        "Made by `python -m benchmarks.quickstart`; `quickstart.json` has commit and machine.",
+        "",
+    ]
     lines += ["| what | measured | to reach |", "|---|---|---|"]
     if part := results.get("run"):
         lines += [
@@ -156,7 +169,9 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--part", choices=list(PARTS), action="append")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir(), "stillhouse-benchmark"))
     arguments = parser.parse_args()

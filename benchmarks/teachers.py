@@ -88,7 +88,9 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--case", choices=list(CASES), action="append")
     parser.add_argument("--again", action="store_true", help="measure anew what has a result")
     arguments = parser.parse_args()
@@ -102,7 +104,10 @@ def main() -> None:
             results.setdefault(case, {})[str(seed)] = run
             save("teachers", results)
             (RESULTS / "teachers.md").write_text(table(results))
-            print(f"{case} seed {seed}: {run['mean_return']:.1f}, {run['env_steps_per_second']:,} env steps/s", flush=True)
+            print(
+                f"{case} seed {seed}: {run['mean_return']:.1f}, {run['env_steps_per_second']:,} env steps/s",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

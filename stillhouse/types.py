@@ -14,6 +14,7 @@ from stillhouse.config import Config
 from stillhouse.errors import StillhouseError
 
 if TYPE_CHECKING:
+    from stillhouse.envs.vector import VectorEnvironment
     from stillhouse.networks.multi_task import MultiTaskNetwork
     from stillhouse.networks.parameters import FlatParameters
 
@@ -91,12 +92,14 @@ def _observation_spec(space: gymnasium.Space[Any], where: str) -> ObservationSpe
             return ObservationSpec(kind="vector", shape=space.shape)
         if len(space.shape) == 3 and space.dtype in (np.bool_, np.uint8):
             kind: Literal["planes", "image"] = "planes" if space.dtype == np.bool_ else "image"
-            return ObservationSpec(
-                kind=kind, shape=space.shape, channels_first=space.shape[0] < space.shape[2]
-            )
+            first, second, third = space.shape
+            # Square, or a handful of channels, with the odd axis in front: frame stacks such as (4, 84, 84).
+            channels_first = first != second and (second == third or first <= 4 < third)
+            if min((second, third) if channels_first else (first, second)) >= 3:
+                return ObservationSpec(kind=kind, shape=space.shape, channels_first=channels_first)
     raise StillhouseError(
         f"{where}: observation space {space} is not supported; supported are Box with one axis (vectors), Box with "
-        "three axes of bool or uint8 (planes, images) and Discrete starting at 0; Dict and Tuple observations can be "
+        "three axes of bool or uint8 and sides of at least 3 (planes, images) and Discrete starting at 0; Dict and Tuple observations can be "
         "flattened with gymnasium.wrappers.FlattenObservation"
     )
 
@@ -121,6 +124,7 @@ class Learner(Protocol):
 
     network: MultiTaskNetwork
     environment: str
+    envs: VectorEnvironment
     parameters: FlatParameters
     env_steps: int
     episodes: int

@@ -41,8 +41,7 @@ def collect_dataset(context: StageContext) -> None:
     for report in collect(teacher, environment, config, seed, path):
         if size := report.metrics.get("dataset/bytes"):
             print(f"{context.stage}: will take {size / 2**20:.1f} MiB", file=sys.stderr, flush=True)
-        shown = {key.rpartition("/")[2]: value for key, value in report.metrics.items()}
-        context.progress.update(report.done, report.total, "env steps", **shown)
+        context.progress.update(report.done, report.total, "env steps", report.metrics)
 
     schema = Dataset.open(path).schema
     write_json(

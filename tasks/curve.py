@@ -31,10 +31,11 @@ class Curve:
 
     def record(self, report: Report) -> None:
         """Show a report; keep it when the next sampling point is reached."""
-        shown = {
-            name.rpartition("/")[2]: value for name, value in report.metrics.items() if name in self._columns
-        }
-        self._context.progress.update(report.done, report.total, self._unit.replace("_", " "), **shown)
+        # The curve's own columns first: a line of progress has room for a few.
+        metrics = {
+            name: report.metrics[name] for name in self._columns if name in report.metrics
+        } | report.metrics
+        self._context.progress.update(report.done, report.total, self._unit.replace("_", " "), metrics)
         due = len(self.rows) + 1
         if report.done >= due * report.total / self._points and set(self._columns) <= set(report.metrics):
             self.rows.append([report.done, *(report.metrics[name] for name in self._columns)])

@@ -41,16 +41,15 @@ def fine_tune(context: StageContext) -> None:
     explained = None
     if mode != "scratch" and source and student.spec.output == "logits":
         dataset = Dataset.open(Path("data/datasets") / f"{source}-s{seed}")
-        explained = fit_head(network, name, dataset, dataset.schema.output)
+        if dataset.schema.environment == network.spec.environments[name]:
+            explained = fit_head(network, name, dataset, dataset.schema.output)
     learner = make_learner(learner_settings, name, environment, seed, context.device, network)
     frozen = [key for key in tensors.kept if not key.startswith("heads.")] if mode == "frozen" else []
     run = FineTuning(config, learner, environment, learner_settings["env_steps"], frozen, seed)
     if saved := context.scratch.load():
         run.set_state(saved)
     for report in run.train():
-        context.progress.update(
-            report.done, report.total, "env steps", eval_return=report.metrics["eval/return"]
-        )
+        context.progress.update(report.done, report.total, "env steps", report.metrics)
         if context.scratch.due():
             context.scratch.save(run.get_state())
 

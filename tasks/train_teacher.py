@@ -56,6 +56,8 @@ def train_teacher(context: StageContext) -> None:
             "mean_return": float(np.mean(recent)) if recent else None,
             "parameters": parameter_count(learner.network),
             "algorithm": settings["algorithm"],
+            # Episodes that an interruption cut because the environment could not be brought back exactly.
+            "cut_episodes": learner.envs.cut_episodes,
         },
     )
     save_checkpoint(folder / stem, learner.network, details)

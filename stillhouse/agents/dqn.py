@@ -13,8 +13,9 @@ Deviations from the paper:
 3. Options the paper lacks, all off by default but one: double Q-learning (``double_q``, van Hasselt et al. 2016), n-step
    returns (``n_step``), squared error (``loss: mse``), a learning rate that falls linearly to 0 (on by default: the
    last checkpoint is judged, and without it a late bad update is what gets judged).
-4. A time limit is no terminal state: the value of the true final observation is bootstrapped from.
-5. Rewards are not clipped.
+4. The gradient's norm is clipped (``max_gradient_norm``).
+5. A time limit is no terminal state: the value of the true final observation is bootstrapped from.
+6. Rewards are not clipped.
 """
 
 from __future__ import annotations
@@ -237,6 +238,8 @@ class DQN:
         self._target_parameters.values.data.copy_(torch.from_numpy(np.array(state["target"])))
         self.replay.set_state(state["replay"])
         self._observations = self.envs.set_state(state["envs"])
+        if self.envs.cut_episodes > state["envs"]["cut_episodes"]:
+            self.replay.drop_open()
         self.env_steps = state["env_steps"]
         self._trained_at = state["trained_at"]
         self.updates = state["updates"]

@@ -9,7 +9,7 @@ just these T x B transitions, without replay and without a target network. Layer
 
 Deviations from the paper and its code (``mttga/purejaxql``):
 
-1. Adam (fused, on one flat tensor) instead of RAdam; measured side by side in ``docs/algorithms/pqn.md``.
+1. Adam (fused, on one flat tensor) instead of RAdam.
 2. The returns take the Q-values computed while acting, as theirs do; at a truncation the true final observation is
    evaluated, where theirs treats a time limit like a terminal state.
 3. Observations that are no transitions (autoreset ``NEXT_STEP``) are left out of the minibatches.

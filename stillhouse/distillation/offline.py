@@ -251,7 +251,7 @@ class Distillation:
                 learning_rate = config.learning_rate * (1 - self.updates / config.updates)
             losses = torch.stack([self._loss(source) for source in self._sources])
             self.parameters.zero_gradient()
-            (losses @ self._weights).backward()  # type: ignore[no-untyped-call]
+            (losses @ self._weights).backward()
             self.parameters.step(learning_rate)
             sums += losses.detach()
             self.updates += 1

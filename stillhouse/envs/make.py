@@ -63,7 +63,7 @@ def _load(config: EnvironmentConfig) -> gymnasium.envs.registration.EnvSpec:
     if config.module:
         try:
             importlib.import_module(config.module)
-        except Exception as error:  # noqa: BLE001 - the user's code may raise anything
+        except Exception as error:
             raise StillhouseError(
                 f"environment module {config.module!r} does not import ({type(error).__name__}: {error}); it must be "
                 "importable from the folder where stillhouse runs, without errors"
@@ -102,11 +102,11 @@ def make(config: EnvironmentConfig, render_mode: str | None = None) -> gymnasium
     """
     _load(config)
     # An environment that cannot draw need not take the argument.
-    shown = {} if render_mode is None else {"render_mode": render_mode}
+    shown: dict[str, Any] = {} if render_mode is None else {"render_mode": render_mode}
     try:
         with _quiet():
             return gymnasium.make(config.id, disable_env_checker=True, **shown, **_arguments(config))
-    except Exception as error:  # noqa: BLE001 - constructors of any origin
+    except Exception as error:
         raise _refused(config, error) from error
 
 
@@ -120,7 +120,7 @@ def make_vector(config: EnvironmentConfig, num_envs: int) -> gymnasium.vector.Ve
     try:
         with _quiet():
             return _vector(config, spec, num_envs)
-    except Exception as error:  # noqa: BLE001 - constructors of any origin
+    except Exception as error:
         raise _refused(config, error) from error
 
 

@@ -34,7 +34,7 @@ class _View:
         self.actions = np.asarray(first.minimal_action_set() if use_minimal_action_set else range(6))
         self.rows, self.columns = FLIPS[flip]
         self.permutation = permutation or None
-        self.observation_space = gymnasium.spaces.Box(0, 1, (10, 10, channels), np.bool_)
+        self.observation_space = gymnasium.spaces.Box(0, 1, (10, 10, channels), np.bool_)  # type: ignore[arg-type] # its stub knows float32 only
         self.action_space = gymnasium.spaces.Discrete(len(self.actions))
 
     def __call__(self, state: np.ndarray) -> np.ndarray:
@@ -43,7 +43,7 @@ class _View:
         return state if self.permutation is None else state[:, :, self.permutation]
 
 
-class MinAtarEnv(gymnasium.Env[np.ndarray, int]):
+class MinAtarEnv(gymnasium.Env[np.ndarray, np.int64]):
     """One game; observations bool [10, 10, C]."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 15}
@@ -73,11 +73,11 @@ class MinAtarEnv(gymnasium.Env[np.ndarray, int]):
         self.game.reset()
         return self._view(self.game.state()), {}
 
-    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+    def step(self, action: np.int64) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         reward, terminated = self.game.act(self._view.actions[action])
         return self._view(self.game.state()), float(reward), bool(terminated), False, {}
 
-    def render(self) -> np.ndarray | None:  # type: ignore[override]
+    def render(self) -> np.ndarray | None:
         """The planes in the package's colours, uint8 [10, 10, 3]."""
         if self.render_mode is None:
             return None
@@ -190,7 +190,7 @@ class MinAtarVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.nda
 
 
 def _random_state(random: np.random.RandomState) -> list[Any]:
-    kind, keys, position, has_gauss, cached = random.get_state(legacy=True)  # type: ignore[misc]
+    kind, keys, position, has_gauss, cached = random.get_state(legacy=True)
     return [str(kind), np.array(keys), int(position), int(has_gauss), float(cached)]
 
 

@@ -8,7 +8,7 @@ true final observations of ended episodes stand apart, and rows that are no tran
 Exact resume. A vector environment with ``get_state``/``set_state`` is asked; one that holds plain arrays only
 (Gymnasium's CartPole) is copied; in all others every episode starts from a seed of its own, and the open episodes are
 replayed from their actions and compared with the saved observations. Only where that comparison fails, or where
-episodes cannot be seeded one by one, are the open episodes cut, and ``resumed_exactly`` says so.
+episodes cannot be seeded one by one, are the open episodes cut, and ``cut_episodes`` counts them.
 """
 
 from __future__ import annotations
@@ -66,6 +66,8 @@ class Step:
 class VectorEnvironment:
     """``num_envs`` copies of an environment, seeded from a named stream.
 
+    Where episodes can be seeded one by one, each one's seed depends on the stream, its copy and its number alone.
+
     Args:
         config: the environment.
         num_envs: number of copies, B.
@@ -101,10 +103,10 @@ class VectorEnvironment:
             envs.single_observation_space, envs.single_action_space, name
         )
         self.mode = envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP)
-        self.resumed_exactly = True
+        self.cut_episodes = 0
         self._dtype = self.spec.observation.dtype
         self._stream = (seed, stream)
-        self._seeds = seeding.generator(seed, "episodes", stream)
+        self._episodes = np.zeros(self.num_envs, np.int64)  # begun so far, by each copy
         self._returns = np.zeros(self.num_envs)
         self._lengths = np.zeros(self.num_envs, np.int64)
         self._was_ended = np.zeros(self.num_envs, np.bool_)
@@ -117,7 +119,7 @@ class VectorEnvironment:
 
     def reset(self) -> np.ndarray:
         """Start every copy anew; observations [B, ...]."""
-        self._seeds = seeding.generator(self._stream[0], "episodes", self._stream[1])
+        self._episodes[:] = 0
         self._returns[:] = 0
         self._lengths[:] = 0
         self._was_ended[:] = False
@@ -127,7 +129,7 @@ class VectorEnvironment:
             self._observations = self._reset_rows(np.ones(self.num_envs, np.bool_))
         else:
             # A vectorised implementation seeds all its copies from one number.
-            observations, _ = self.envs.reset(seed=int(self._seeds.integers(2**31)))
+            observations, _ = self.envs.reset(seed=self._seed(0, 0))
             self._observations = self._typed(observations)
         return self._observations
 
@@ -165,11 +167,12 @@ class VectorEnvironment:
     def get_state(self) -> dict[str, Any]:
         """Everything needed to continue exactly: plain data and arrays."""
         state: dict[str, Any] = {
-            "seeds": self._seeds.bit_generator.state,
+            "episodes": self._episodes.copy(),
             "returns": self._returns.copy(),
             "lengths": self._lengths.copy(),
             "was_ended": self._was_ended.copy(),
             "observations": self._observations.copy(),
+            "cut_episodes": self.cut_episodes,
         }
         inner: Any = self.envs.unwrapped
         if hasattr(inner, "get_state"):
@@ -188,8 +191,8 @@ class VectorEnvironment:
     def set_state(self, state: dict[str, Any]) -> np.ndarray:
         """Continue from ``get_state``; the observations to act on, [B, ...].
 
-        Where the environment cannot be brought back exactly, new episodes are started instead and
-        ``resumed_exactly`` turns False.
+        Where the environment cannot be brought back exactly, new episodes are started instead, and ``cut_episodes``
+        grows by the number of copies.
         """
         self.reset()
         inner: Any = self.envs.unwrapped
@@ -201,9 +204,10 @@ class VectorEnvironment:
             exact = True
         else:
             exact = "replay" in state and self._replay(state["replay"], state["observations"])
-        self._seeds.bit_generator.state = state["seeds"]
+        self._episodes = np.array(state["episodes"], np.int64)
+        self.cut_episodes = int(state["cut_episodes"])
         if not exact:
-            self.resumed_exactly = False
+            self.cut_episodes += self.num_envs
             if self.mode == AutoresetMode.DISABLED:
                 self._observations = self._reset_rows(np.ones(self.num_envs, np.bool_))
             return self._observations
@@ -219,9 +223,15 @@ class VectorEnvironment:
 
     def _reset_rows(self, mask: np.ndarray) -> np.ndarray:
         rows = np.flatnonzero(mask)
-        self._episode_seeds[rows] = self._seeds.integers(2**31, size=len(rows))
+        for row in rows:
+            self._episode_seeds[row] = self._seed(int(row), int(self._episodes[row]))
+        self._episodes[rows] += 1
         self._log_start[rows] = self._log_end
         return self._reset_with_seeds(mask)
+
+    def _seed(self, row: int, episode: int) -> int:
+        # Of its copy and number alone: two agents judged on one stream meet the same episodes, however long each plays.
+        return seeding.derive(self._stream[0], "episodes", self._stream[1], row, episode) % 2**31
 
     def _reset_with_seeds(self, mask: np.ndarray) -> np.ndarray:
         seeds = [

@@ -43,7 +43,9 @@ class PlanesAdapter(nn.Module):
     The convolution's maps are normalised over the channels of each position, as flax's LayerNorm does.
     """
 
-    def __init__(self, observation: ObservationSpec, conv_channels: int, features: int, layer_norm: bool) -> None:
+    def __init__(
+        self, observation: ObservationSpec, conv_channels: int, features: int, layer_norm: bool
+    ) -> None:
         super().__init__()
         height, width, channels = _height_width_channels(observation)
         self.channels_first = observation.channels_first

@@ -5,6 +5,8 @@ A teacher is the case of one environment. Equal observation shapes share an adap
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -38,7 +40,7 @@ class Torso(nn.Module):
     def __init__(self, inputs: int, widths: tuple[int, ...], layer_norm: bool) -> None:
         super().__init__()
         sizes = (inputs, *widths)
-        self.dense = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.dense = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
         self.norm = nn.ModuleList(nn.LayerNorm(b) if layer_norm else nn.Identity() for b in widths)
         self.outputs = sizes[-1]
 

@@ -95,6 +95,10 @@ class UniformReplay:
             self._unpack(self._successors[rows]),
         )
 
+    def drop_open(self) -> None:
+        """Forget the sums that still grow: the episodes they belong to were cut."""
+        self._open_age[:] = 0
+
     def get_state(self) -> dict[str, Any]:
         """The filled part, as arrays."""
         return {

@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from stillhouse import seeding
 from stillhouse.config import Config
@@ -149,6 +149,7 @@ def fit_head(
         raise ValueError("a Q head cannot be fitted to logits")
     chosen = np.linspace(0, len(dataset) - 1, min(rows, len(dataset))).astype(np.int64)
     head = network.heads[name]
+    assert isinstance(head, nn.Linear)
     device = head.weight.device
     features = torch.cat(
         [

@@ -35,6 +35,30 @@ def test_unsupported_spaces_are_named_with_what_is_supported() -> None:
         environment_spec(spaces.Tuple([spaces.Discrete(2)]), spaces.Discrete(2), "cards")
 
 
+@pytest.mark.parametrize(
+    ("shape", "first"),
+    [
+        ((10, 10, 4), False),
+        ((8, 8, 119), False),
+        ((84, 84, 4), False),
+        ((4, 84, 84), True),
+        ((3, 210, 160), True),
+        ((210, 160, 3), False),
+        ((5, 5, 5), False),
+    ],
+)
+def test_where_the_channels_are(shape: tuple[int, ...], first: bool) -> None:
+    space = spaces.Box(0, 255, shape, np.uint8)
+    assert environment_spec(space, spaces.Discrete(2), "x").observation.channels_first == first
+
+
+def test_planes_too_small_for_a_convolution_are_refused() -> None:
+    with pytest.raises(StillhouseError, match="sides of at least 3"):
+        environment_spec(spaces.Box(0, 1, (2, 10, 4), np.bool_), spaces.Discrete(2), "x")
+    with pytest.raises(StillhouseError, match="sides of at least 3"):
+        environment_spec(spaces.Box(0, 1, (10, 2, 4), np.bool_), spaces.Discrete(2), "x")
+
+
 def test_user_module_that_does_not_import() -> None:
     text = refusal(EnvironmentConfig(id="Mine-v0", module="no_such_module_of_mine"))
     assert "no_such_module_of_mine" in text and "does not import" in text

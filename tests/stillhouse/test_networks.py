@@ -56,7 +56,10 @@ def test_a_convolution_sees_planes_the_same_whichever_way_they_lie() -> None:
     planes = observe(ObservationSpec(kind="planes", shape=(10, 10, 4)), 3)
     torch.testing.assert_close(last(planes), first(planes.permute(0, 3, 1, 2)))
     # One position by hand: the kernel over the 3x3 corner, normalised over the maps.
-    corner = torch.einsum("hwc,kchw->k", planes[0, :3, :3].float(), last.convolution.weight) + last.convolution.bias
+    corner = (
+        torch.einsum("hwc,kchw->k", planes[0, :3, :3].float(), last.convolution.weight)
+        + last.convolution.bias
+    )
     maps = last.convolution(planes.permute(0, 3, 1, 2).float())
     torch.testing.assert_close(maps[0, :, 0, 0], corner)
 

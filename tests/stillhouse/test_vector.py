@@ -121,7 +121,7 @@ def test_resume_is_exact(name: str, steps: int, tmp_path: Any) -> None:
     generator = np.random.default_rng(0)
     [generator.integers(resumed.spec.actions, size=4) for _ in range(steps)]
     again = play(resumed, generator, 80)
-    assert resumed.resumed_exactly
+    assert resumed.cut_episodes == 0
     for left, right in zip(expected, again, strict=True):
         np.testing.assert_array_equal(left, right)
 
@@ -131,7 +131,7 @@ def test_an_environment_that_cannot_be_replayed_is_cut_and_says_so() -> None:
         def reset(
             self, *, seed: int | None = None, options: dict[str, Any] | None = None
         ) -> tuple[np.ndarray, dict[str, Any]]:
-            observation, info = super().reset(seed=None, options=options)
+            _, info = super().reset(seed=None, options=options)
             self.length = int(np.random.default_rng().integers(50, 10_000))
             return self._observe(), info
 
@@ -142,7 +142,7 @@ def test_an_environment_that_cannot_be_replayed_is_cut_and_says_so() -> None:
         envs.step(np.zeros(2, np.int64))
     resumed = VectorEnvironment.over(make(), 0, "train")
     observations = resumed.set_state(envs.get_state())
-    assert not resumed.resumed_exactly
+    assert resumed.cut_episodes == 2
     np.testing.assert_array_equal(observations[:, 0], 0)  # new episodes
 
 
@@ -159,7 +159,7 @@ def test_replay_at_any_moment(seed: int, steps: int) -> None:
         SyncVectorEnv([Counter] * 3, autoreset_mode=AutoresetMode.DISABLED, copy=False), seed, "train"
     )
     resumed.set_state(envs.get_state())
-    assert resumed.resumed_exactly
+    assert resumed.cut_episodes == 0
     for _ in range(20):
         left, right = envs.step(np.zeros(3, np.int64)), resumed.step(np.zeros(3, np.int64))
         np.testing.assert_array_equal(left.observations, right.observations)
@@ -178,3 +178,20 @@ def test_streams_do_not_share_episodes() -> None:
 def test_the_environments_own_vectorised_version_is_used() -> None:
     envs = VectorEnvironment(EnvironmentConfig(id="CartPole-v1"), 4, 0, "train")
     assert type(envs.envs.unwrapped).__name__ == "CartPoleVectorEnv"
+
+
+def test_episodes_are_the_same_however_long_each_is_played() -> None:
+    """Two agents judged on one stream meet the same episodes: copy by copy, number by number."""
+
+    def beginnings(limit: int) -> list[list[bytes]]:
+        envs = VectorEnvironment(EnvironmentConfig(id="Acrobot-v1", max_episode_steps=limit), 2, 0, "test")
+        seen: list[list[bytes]] = [[row.tobytes()] for row in envs.reset()]
+        while min(len(row) for row in seen) < 4:
+            step = envs.step(np.zeros(2, np.int64))
+            for row in step.ended:
+                seen[row].append(step.observations[row].tobytes())
+        return [row[:4] for row in seen]
+
+    short, long = beginnings(3), beginnings(7)
+    assert short == long
+    assert len({first for row in short for first in row}) == 8

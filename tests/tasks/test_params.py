@@ -138,7 +138,7 @@ def test_names_are_slugs(name):
         ("environments.cartpole.module=broken_module", ["broken_module", "ZeroDivisionError"]),
         ("environments.cartpole.module=no_such_module", ["no_such_module"]),
         ("environments.cartpole.options={gravity: 3}", ["CartPole-v1", "gravity"]),
-        ("fine_tune.cartpole-long.source=breakout", ["cartpole-long", "breakout", "other spaces"]),
+        ("fine_tune.cartpole-long.source=breakout", ["cartpole-long", "breakout", "other observations"]),
     ],
 )
 def test_environments_are_checked_before_any_work(override, words):

@@ -154,7 +154,9 @@ def test_judged_at_the_start_and_at_even_points_to_the_end() -> None:
     points = [env_steps for env_steps, _ in run.curve]
     assert points[0] == 0 and points[-1] == 2048
     # The first report at or after each even point; a rollout is 128 env steps.
-    assert all(0 <= point - wanted < 128 for point, wanted in zip(points, (0, 512, 1024, 1536, 2048), strict=True))
+    assert all(
+        0 <= point - wanted < 128 for point, wanted in zip(points, (0, 512, 1024, 1536, 2048), strict=True)
+    )
 
 
 def test_resumes_to_the_same_bytes(tmp_path: Path) -> None:
