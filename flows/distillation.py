@@ -129,9 +129,8 @@ def distillation(
             try:
                 outcome = _run(workspace, suite, overrides, selection, workers, in_place_run=False)
             except StillhouseError:
-                remove_worktree(
-                    checkout, workspace
-                )  # refused before any stage ran: nothing in it is worth keeping
+                # Refused before any stage ran: nothing in it is worth keeping.
+                remove_worktree(checkout, workspace)
                 raise
             show(workspace, checkout)
             experiment = _save(workspace, name) if not outcome.failed else ""

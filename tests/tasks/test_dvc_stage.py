@@ -29,7 +29,10 @@ def project(tmp_path, monkeypatch):
     (tmp_path / "source").write_text("text")
     touch = 'test -z "$STILLHOUSE_MARKER" || touch "$STILLHOUSE_MARKER"'
     rows = "stages:\n"
-    for name, command in (("slow", "sleep 2; cat source > data/slow"), ("quick", "cat source > data/quick")):
+    for name, command in (
+        ("slow", "echo half > data/slow; sleep 2; cat source > data/slow"),
+        ("quick", "cat source > data/quick"),
+    ):
         rows += f"  {name}:\n    cmd: '{touch}; {command}'\n    deps: [source]\n    outs: [data/{name}]\n"
     rows += (
         "  reader:\n    cmd: '"
@@ -73,10 +76,9 @@ def test_stages_at_the_same_time_are_all_recorded(project):
 def test_a_busy_file_is_waited_for(project):
     run("run", "slow")
     Path("data/slow").unlink()
-    writer = start("run", "--force", "slow")  # holds data/slow for writing for two seconds
-    while not Path(".dvc/tmp/rwlock").exists() or '"write": {}' in Path(".dvc/tmp/rwlock").read_text():
+    writer = start("run", "--force", "slow")  # DVC holds data/slow for writing for two seconds
+    while not Path("data/slow").exists() or Path("data/slow").read_text() != "half\n":
         time.sleep(0.02)
-    (project / "data/slow").write_text("half")
     assert run("run", "reader") == {"executed": True}
     assert writer.wait(60) == 0
     assert Path("data/reader").read_text() == "text"

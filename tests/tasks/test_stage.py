@@ -96,7 +96,7 @@ def test_a_stage_sees_its_block_and_ends_well(workspace):
     body = (
         "assert context.block('train_teacher.cartpole') == {'gamma': 0.9}\n"
         "assert (context.verb, context.name, context.seed, context.device) == ('train_teacher', 'cartpole', 0, 'cpu')\n"
-        "context.progress.update(1, 4, 'env steps', mean_return=3.0, broken=float('nan'))"
+        "context.progress.update(1, 4, 'env steps', {'mean_return': 3.0, 'broken': float('nan')})"
     )
     code, errors = run(workspace, body, STILLHOUSE_MARKER=str(workspace / "marker"))
     assert (code, (workspace / "marker").exists()) == (0, True), errors
