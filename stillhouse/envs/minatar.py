@@ -9,16 +9,25 @@ Variants for transfer: the planes flipped, and the planes permuted.
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import Any
 
 import gymnasium
-import minatar
 import numpy as np
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
+# The package imports seaborn, and with it pandas and half of SciPy, for its own window only: two seconds in each stage.
+# An empty module stands in for it meanwhile; :meth:`MinAtarEnv.render` imports the real one when it draws.
+_absent = "seaborn" not in sys.modules
+sys.modules.setdefault("seaborn", ModuleType("seaborn"))
+import minatar  # noqa: E402
+
+if _absent:
+    del sys.modules["seaborn"]
+
 FLIPS = {"none": (1, 1), "horizontal": (1, -1), "vertical": (-1, 1), "both": (-1, -1)}
-GAMES = ("asterix", "breakout", "freeway", "seaquest", "space_invaders")
 
 
 class _View:

@@ -12,7 +12,7 @@ import gymnasium
 from gymnasium.envs.classic_control.acrobot import AcrobotEnv
 from gymnasium.envs.classic_control.cartpole import CartPoleEnv, CartPoleVectorEnv
 
-from stillhouse.envs.minatar import GAMES
+MINATAR_GAMES = ("asterix", "breakout", "freeway", "seaquest", "space_invaders")
 
 
 def _set_physics(env: Any, pole_length: float, gravity: float, force: float, pole_mass: float) -> None:
@@ -90,6 +90,19 @@ class AcrobotPhysicsEnv(AcrobotEnv):
         self.LINK_COM_POS_1 = length_1 / 2
 
 
+def _minatar(**options: Any) -> gymnasium.Env[Any, Any]:
+    # Imported when made: other environments' stages need not wait for the package.
+    from stillhouse.envs.minatar import MinAtarEnv
+
+    return MinAtarEnv(**options)
+
+
+def _minatar_vector(**options: Any) -> gymnasium.vector.VectorEnv[Any, Any, Any]:
+    from stillhouse.envs.minatar import MinAtarVectorEnv
+
+    return MinAtarVectorEnv(**options)
+
+
 def register() -> None:
     """Register our ids with Gymnasium, once."""
     if "stillhouse/CartPole-v1" in gymnasium.registry:
@@ -108,13 +121,13 @@ def register() -> None:
         max_episode_steps=500,
         reward_threshold=-100.0,
     )
-    for game in GAMES:
+    for game in MINATAR_GAMES:
         title = game.title().replace("_", "")
         for version, minimal in (("v0", False), ("v1", True)):
             gymnasium.register(
                 f"MinAtar/{title}-{version}",
-                entry_point="stillhouse.envs.minatar:MinAtarEnv",
-                vector_entry_point="stillhouse.envs.minatar:MinAtarVectorEnv",
+                entry_point=_minatar,
+                vector_entry_point=_minatar_vector,
                 # MinAtar's Freeway ends itself after 2,500 frames; the other games have no limit.
                 kwargs={"game": game, "use_minimal_action_set": minimal},
             )
