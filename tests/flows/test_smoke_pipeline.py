@@ -171,7 +171,7 @@ def test_a_run_of_its_own_is_saved_as_an_experiment_and_touches_nothing_here(clo
 def test_ctrl_c_leaves_no_process_and_the_stage_goes_on_to_the_same_bytes(clone):
     settings = [
         "--set",
-        "train_teacher.cartpole.env_steps=12000",
+        "train_teacher.cartpole.env_steps=40000",
         "--only",
         "train_teacher-cartpole-s0",
         "--in-place",
@@ -201,7 +201,6 @@ def test_ctrl_c_leaves_no_process_and_the_stage_goes_on_to_the_same_bytes(clone)
     assert "Traceback" not in printed
     assert not survivors(clone)
     assert list(scratch.glob("*/manifest.json")), "the interrupted stage saved nothing"
-    resumed_from = scratch.stat().st_mtime
     stillhouse(clone, "run", "smoke", *settings)
     assert not list(scratch.glob("*/manifest.json"))
     resumed = {
@@ -212,7 +211,6 @@ def test_ctrl_c_leaves_no_process_and_the_stage_goes_on_to_the_same_bytes(clone)
     stillhouse(clone, "run", "smoke", *settings, "--force", "train_teacher-cartpole-s0")
     whole = tree(clone)
     assert resumed == {name: whole[name] for name in resumed}
-    assert resumed_from
 
 
 def test_mistakes_are_one_line(clone):
