@@ -24,16 +24,17 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         StillhouseError: the disk is full or not writable; ``path`` is as it was.
     """
     data = content.encode() if isinstance(content, str) else content
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise StillhouseError(_write_failed(path, error)) from error
 
 
@@ -46,17 +47,22 @@ def write_json(path: Path, value: Any) -> None:
 def replace_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside ``path`` that takes its place when the block ends well.
 
-    The manifest (schema version, size and SHA-256 of each file) is written last, then the folder is renamed. When the
-    block raises, the temporary folder is removed and ``path`` is as it was.
+    The manifest (schema version, size and SHA-256 of each file) is written last. Then the old folder is renamed aside,
+    the new one into its place, and the old one deleted: a kill at any moment leaves one of the two whole, which
+    :func:`check_folder` finds. When the block raises, the temporary folder is removed and ``path`` is as it was. One writer
+    a path at a time is assumed; what a killed one left behind is removed.
 
     Raises:
         StillhouseError: the disk is full or not writable.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    aside = _aside(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _restore(path)
+        for left in path.parent.glob(f".{path.name}.*.tmp"):
+            shutil.rmtree(left, ignore_errors=True)
+        temporary.mkdir()
         yield temporary
         names = sorted(str(file.relative_to(temporary)) for file in temporary.rglob("*") if file.is_file())
         files = {
@@ -64,8 +70,11 @@ def replace_folder(path: Path) -> Iterator[Path]:
             for name in names
         }
         write_json(temporary / MANIFEST, {"schema_version": SCHEMA_VERSION, "files": files})
-        shutil.rmtree(path, ignore_errors=True)
+        if path.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(path, aside)
         os.replace(temporary, path)
+        shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         raise StillhouseError(_write_failed(path, error)) from error
     finally:
@@ -79,6 +88,7 @@ def check_folder(path: Path) -> None:
         StillhouseError: the folder or its manifest is missing, it has another schema version, or a file is missing,
             truncated or changed (named, with both hashes).
     """
+    _restore(path)
     manifest_path = path / MANIFEST
     if not manifest_path.is_file():
         raise StillhouseError(
@@ -112,6 +122,16 @@ def check_folder(path: Path) -> None:
                 f"{file}: hash {digest[:12]} where the manifest says {expected['sha256'][:12]}; rerun the stage that "
                 f"makes {path}"
             )
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def _restore(path: Path) -> None:
+    """Bring back what :func:`replace_folder` had put aside when it was killed before the new folder was in place."""
+    if not path.exists() and _aside(path).exists():
+        os.replace(_aside(path), path)
 
 
 def sha256(path: Path) -> str:

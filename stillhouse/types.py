@@ -124,6 +124,7 @@ class Learner(Protocol):
 
     network: MultiTaskNetwork
     environment: str
+    reward_scale: float  # its Q-values are of rewards times this
     envs: VectorEnvironment
     parameters: FlatParameters
     env_steps: int

@@ -1,4 +1,7 @@
-"""Stage: judge the teacher, random play and every student of a seed on one environment, on the same episodes."""
+"""Stage: judge the teacher, random play and every student of a seed on one environment, on the same stream of episodes.
+
+Where copies can be seeded one by one (all but Gymnasium's vectorised CartPole) these are the same episodes.
+"""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from stillhouse.datasets.reader import Dataset
 from stillhouse.envs.make import EnvironmentConfig, describe
 from stillhouse.evaluation.rollouts import evaluate
 from stillhouse.files import write_atomic, write_json
-from stillhouse.networks.multi_task import parameter_count
+from stillhouse.networks.multi_task import parameter_count, scale_head
 from stillhouse.transfer.fine_tuning import FineTuneConfig, FineTuning, Mode, fit_head, target_network
 from stillhouse.types import environment_spec
 from tasks.stage import StageContext, main
@@ -32,8 +32,6 @@ def fine_tune(context: StageContext) -> None:
     student_name, source, learner_settings = block.pop("student"), block.pop("source"), block.pop("learner")
     block.pop("modes")
     config = parse(FineTuneConfig, block, f"fine_tune.{name}")
-    if mode != "scratch":
-        learner_settings = {**learner_settings, "epsilon_start": config.epsilon_start}
     student = load_checkpoint(Path("data/students") / f"{student_name}-s{seed}").network
     network, tensors = target_network(
         student, name, environment_spec(*describe(environment), name), source, seed, mode
@@ -43,6 +41,10 @@ def fine_tune(context: StageContext) -> None:
         dataset = Dataset.open(Path("data/datasets") / f"{source}-s{seed}")
         if dataset.schema.environment == network.spec.environments[name]:
             explained = fit_head(network, name, dataset, dataset.schema.output)
+    if explained is not None or f"heads.{name}.weight" not in tensors.new:
+        # It knows something of what its actions are worth; a learner with a fresh head must explore like scratch.
+        learner_settings = {**learner_settings, "epsilon_start": config.epsilon_start}
+        scale_head(network, name, learner_settings.get("reward_scale", 1.0))
     learner = make_learner(learner_settings, name, environment, seed, context.device, network)
     frozen = [key for key in tensors.kept if not key.startswith("heads.")] if mode == "frozen" else []
     run = FineTuning(config, learner, environment, learner_settings["env_steps"], frozen, seed)
@@ -55,6 +57,7 @@ def fine_tune(context: StageContext) -> None:
 
     folder = Path("data/transfer")
     stem = f"{name}-{mode}-s{seed}"
+    test = evaluate(learner.q_values, environment, config.evaluation_episodes, seed)
     random = evaluate(
         learner.q_values, environment, config.evaluation_episodes, seed, epsilon=1.0, stream="validation"
     )
@@ -70,12 +73,14 @@ def fine_tune(context: StageContext) -> None:
             "initial_return": run.curve[0][1],
             "final_return": run.curve[-1][1],
             "random_return": float(random.returns.mean()),
+            "test": test.summary(),
             "head_variance_explained": explained,
             "parameters": parameter_count(network),
             "tensors": asdict(tensors),
         },
     )
     details = {"environments": {name: environment.model_dump(mode="json")}, "mode": mode, "seed": seed}
+    scale_head(learner.network, name, 1 / learner.reward_scale)
     save_checkpoint(folder / stem, learner.network, details)
 
 

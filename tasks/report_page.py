@@ -358,6 +358,14 @@ def _tiles(student: StudentSummary, seeds: int) -> str:
                 f"95 % interval: {_spread(overall.interquartile_mean, _score)}",
             )
         )
+    if student.better_than_teacher is not None:
+        tiles.append(
+            _tile(
+                f"{student.better_than_teacher:.2f}",
+                "probability of improvement",
+                "over the teachers; ties one half",
+            )
+        )
     if overall.worst is not None:
         worst = overall.environments[overall.worst]
         unscored = "".join(f"; {escape(name)} has no score" for name in overall.undefined)
@@ -652,8 +660,8 @@ def _method_section(results: Results) -> str:
         f'<dl class="versions">{versions}</dl>'
         f"<details><summary>{len(results.inputs)} input files and their SHA-256 (first 16 digits)</summary>"
         f'<div class="scroll"><table class="hashes"><tbody>{hashes}</tbody></table></div></details>'
-        '<p class="note">Agents are judged at their last checkpoint, on test seeds that neither training nor validation '
-        "uses. Below 5 seeds every seed is shown as it is; from 5 on, 95 % stratified bootstrap intervals. Geometric means "
+        '<p class="note">Teachers are judged at their last checkpoint, students at the one with the best agreement on held-out '
+        "episodes, both on test seeds that neither training nor validation uses; transfer curves are on validation seeds. Below 5 seeds every seed is shown as it is; from 5 on, 95 % stratified bootstrap intervals. Geometric means "
         "are over max(score, 0.01).</p>"
     )
     return _section("How this was made", "", content, "method")

@@ -8,7 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from stillhouse.evaluation.statistics import Aggregate, Estimate, aggregate, estimate, mean, normalised_score
+from stillhouse.evaluation.statistics import (
+    SEEDS_FOR_INTERVALS,
+    Aggregate,
+    Estimate,
+    aggregate,
+    estimate,
+    mean,
+    normalised_score,
+    probability_of_improvement,
+)
 from stillhouse.transfer.metrics import Curve, area_under_curve, compare
 
 Run = dict[str, Any]
@@ -73,6 +82,9 @@ class StudentSummary:
 
     rows: list[Row]
     overall: Aggregate
+    better_than_teacher: (
+        float | None
+    )  # probability that a run beats its teacher, ties one half; from 5 seeds on
     parameters: int
     teacher_parameters: int
 
@@ -148,9 +160,15 @@ def _student(results: Results, name: str) -> StudentSummary:
                 teacher_parameters=runs[0]["teacher"]["parameters"],
             )
         )
+    # A teacher's own score is 1 by definition. Below 5 seeds a probability would say more than is known.
+    known = ~np.isnan(scores).any(axis=0)
+    better = None
+    if len(seeds) >= SEEDS_FOR_INTERVALS and known.any():
+        better = float(probability_of_improvement(scores[:, known], np.ones_like(scores[:, known])))
     return StudentSummary(
         rows=rows,
         overall=aggregate(scores, sources),
+        better_than_teacher=better,
         parameters=results.students[name][seeds[0]]["parameters"],
         teacher_parameters=sum(row.teacher_parameters for row in rows),
     )
@@ -159,6 +177,12 @@ def _student(results: Results, name: str) -> StudentSummary:
 def curve_of(run: Run) -> Curve:
     """A transfer run's learning curve."""
     return Curve(np.array(run["curve"]["env_steps"]), np.array(run["curve"]["mean_return"]))
+
+
+def _knows_actions(run: Run) -> bool:
+    """Whether the run began with a head that was taken from the student or fitted to a dataset."""
+    fresh = any(key.startswith("heads.") for key in run["tensors"]["new"])
+    return not fresh or run.get("head_variance_explained") is not None
 
 
 def _transfer(results: Results, target: str) -> list[TransferRow]:
@@ -178,7 +202,10 @@ def _transfer(results: Results, target: str) -> list[TransferRow]:
                 initial=_over_seeds([run["initial_return"] for run in runs]),
                 final=_over_seeds([run["final_return"] for run in runs]),
                 area=_over_seeds([area_under_curve(curve_of(run)) for run in runs]),
-                jumpstart=_over_seeds([pair.jumpstart for pair in pairs]) if pairs else None,
+                # A fresh head prefers no action yet: what it plays before training says nothing of what was transferred.
+                jumpstart=_over_seeds([pair.jumpstart for pair in pairs])
+                if pairs and all(_knows_actions(run) for run in runs)
+                else None,
                 score=_over_seeds([pair.score if ratio else pair.area - pair.scratch_area for pair in pairs])
                 if pairs
                 else None,
@@ -209,6 +236,7 @@ def metrics(results: Results, summary: Summary) -> dict[str, Any]:
             "geometric_mean": number(overall.geometric_mean),
             "interquartile_mean": number(overall.interquartile_mean),
             "optimality_gap": number(overall.optimality_gap),
+            "probability_of_improvement_over_teacher": student.better_than_teacher,
             "worst_environment": overall.worst,
             "worst_score": number(overall.environments[overall.worst] if overall.worst else None),
             "parameters": student.parameters,

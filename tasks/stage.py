@@ -152,7 +152,9 @@ class Scratch:
         if not self._folder.exists():
             return None
         try:
-            return load_state(self._folder)
+            state = load_state(self._folder)
+            print("resumed from the saved state", file=sys.stderr, flush=True)
+            return state
         except StillhouseError as error:
             print(f"starting afresh: the saved state cannot be used: {error}", file=sys.stderr, flush=True)
             return None
@@ -234,14 +236,19 @@ def progress_line(done: float, total: float, unit: str, rate: float, latest: dic
 
 
 def _scalar_writer(name: str) -> Callable[[int, dict[str, float]], None]:
-    """Writes TensorBoard scalars under ``logs/``, where asked for: its import costs a second and 60 MB."""
-    if not os.environ.get("STILLHOUSE_TENSORBOARD"):
+    """Writes TensorBoard scalars under ``logs/tensorboard/``; ``STILLHOUSE_TENSORBOARD=0`` turns it off."""
+    if os.environ.get("STILLHOUSE_TENSORBOARD") == "0":
         return lambda step, values: None
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(str(Path("logs", "tensorboard", name)))
+    writer: Any = None
 
     def write(step: int, values: dict[str, float]) -> None:
+        nonlocal writer
+        if not values:
+            return  # a short stage without values never pays for the import
+        if writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(str(Path("logs", "tensorboard", name)))
         for key, value in values.items():
             writer.add_scalar(key, value, step)
         writer.flush()
@@ -331,6 +338,12 @@ def main(body: Callable[[StageContext], None], argv: list[str] | None = None) ->
                 clear_scratch(scratch_root() / context.key)
     except StillhouseError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except (
+        OSError
+    ) as error:  # a full disk, a missing permission: the user's to mend, and nothing half-written is left
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except MemoryError:
         print(f"error: {verb}: out of memory; lower the replay or batch size", file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ from stillhouse.checkpoint import save_checkpoint, save_state
 from stillhouse.config import parse
 from stillhouse.envs.make import EnvironmentConfig
 from stillhouse.files import write_json
-from stillhouse.networks.multi_task import parameter_count
+from stillhouse.networks.multi_task import parameter_count, scale_head
 from tasks.curve import Curve
 from tasks.stage import StageContext, main
 
@@ -60,6 +60,8 @@ def train_teacher(context: StageContext) -> None:
             "cut_episodes": learner.envs.cut_episodes,
         },
     )
+    # The training state keeps the learner's own scale; a checkpoint's Q-values are in the environment's rewards.
+    scale_head(learner.network, context.name, 1 / learner.reward_scale)
     save_checkpoint(folder / stem, learner.network, details)
 
 

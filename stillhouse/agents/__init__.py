@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any, Protocol
+from typing import Any
 
 from stillhouse import seeding
 from stillhouse.config import parse
@@ -14,15 +14,6 @@ from stillhouse.networks.multi_task import MultiTaskNetwork, NetworkSpec, build_
 from stillhouse.types import Learner
 
 ALGORITHMS = {"dqn": ("DQN", "DQNConfig"), "pqn": ("PQN", "PQNConfig")}
-
-
-class LearnerConfig(Protocol):
-    """What every algorithm's settings have."""
-
-    @property
-    def num_envs(self) -> int: ...
-    @property
-    def network(self) -> Any: ...
 
 
 def make_learner(

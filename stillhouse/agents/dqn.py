@@ -101,6 +101,7 @@ class DQN:
         self.config = config
         self.network = network
         self.environment = environment
+        self.reward_scale = 1.0
         self.envs = envs
         self.parameters = FlatParameters(network, config.learning_rate)
         self.device = self.parameters.values.device

@@ -93,6 +93,7 @@ class PQN:
         self.config = config
         self.network = network
         self.environment = environment
+        self.reward_scale = config.reward_scale
         self.envs = envs
         self.parameters = FlatParameters(network, config.learning_rate)
         self.device = self.parameters.values.device

@@ -18,6 +18,7 @@ from stillhouse.datasets.writer import ShardWriter
 from stillhouse.envs.make import EnvironmentConfig
 from stillhouse.envs.vector import VectorEnvironment
 from stillhouse.errors import StillhouseError
+from stillhouse.exploration import epsilon_greedy
 from stillhouse.files import replace_folder, write_json
 from stillhouse.types import OutputKind, Policy, Report
 
@@ -115,10 +116,7 @@ def collect(
                     f"the teacher's outputs for {environment.id} are not finite after {done} env steps; its "
                     f"training diverged: train it again with a lower learning rate"
                 )
-            actions = outputs.argmax(1)
-            explore = random.random(config.num_envs) < config.epsilon
-            actions = np.where(explore, random.integers(spec.actions, size=config.num_envs), actions)
-            step = envs.step(actions)
+            step = envs.step(actions := epsilon_greedy(outputs, config.epsilon, random))
             valid = step.valid
             done += int(valid.sum())
             truncated = step.truncated

@@ -63,9 +63,9 @@ def _load(config: EnvironmentConfig) -> gymnasium.envs.registration.EnvSpec:
     if config.module:
         try:
             importlib.import_module(config.module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # the user's code may raise anything
             raise StillhouseError(
-                f"environment module {config.module!r} does not import ({type(error).__name__}: {error}); it must be "
+                f"environment module {config.module!r} does not import ({type(error).__name__}: {' '.join(str(error).split())}); it must be "
                 "importable from the folder where stillhouse runs, without errors"
             ) from error
     try:

@@ -9,6 +9,7 @@ Variants for transfer: the planes flipped, and the planes permuted.
 
 from __future__ import annotations
 
+import importlib
 import sys
 from types import ModuleType
 from typing import Any
@@ -18,14 +19,22 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
-# The package imports seaborn, and with it pandas and half of SciPy, for its own window only: two seconds in each stage.
-# An empty module stands in for it meanwhile; :meth:`MinAtarEnv.render` imports the real one when it draws.
-_absent = "seaborn" not in sys.modules
-sys.modules.setdefault("seaborn", ModuleType("seaborn"))
-import minatar  # noqa: E402
 
-if _absent:
+class _SeabornWhenUsed(ModuleType):
+    """Stands in for seaborn while the package is imported: it draws with it, but imports it, and with it pandas and half
+    of SciPy, at once, which would cost every stage two seconds."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module("seaborn"), name)
+
+
+_stand_in = _SeabornWhenUsed("seaborn")
+if sys.modules.setdefault("seaborn", _stand_in) is _stand_in:
+    import minatar
+
     del sys.modules["seaborn"]
+else:
+    import minatar
 
 FLIPS = {"none": (1, 1), "horizontal": (1, -1), "vertical": (-1, 1), "both": (-1, -1)}
 

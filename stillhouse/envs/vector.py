@@ -25,7 +25,7 @@ from stillhouse.envs.make import EnvironmentConfig, make_vector
 from stillhouse.types import EnvironmentSpec, environment_spec
 
 _PLAIN = (np.ndarray, np.generic, int, float, bool, str, type(None))
-_STATIC = (gymnasium.Space, dict, gymnasium.envs.registration.EnvSpec, AutoresetMode)
+_STATIC = (gymnasium.Space, gymnasium.envs.registration.EnvSpec, AutoresetMode)
 
 
 @dataclass(frozen=True)
@@ -210,6 +210,8 @@ class VectorEnvironment:
             self.cut_episodes += self.num_envs
             if self.mode == AutoresetMode.DISABLED:
                 self._observations = self._reset_rows(np.ones(self.num_envs, np.bool_))
+            else:  # from another seed: the first episodes were played already
+                self._observations = self._typed(self.envs.reset(seed=self._seed(0, self.cut_episodes))[0])
             return self._observations
         self._returns[:] = state["returns"]
         self._lengths[:] = state["lengths"]
@@ -289,7 +291,7 @@ class VectorEnvironment:
 
 def _holds_plain_arrays(inner: Any) -> bool:
     return all(
-        isinstance(value, (*_PLAIN, *_STATIC))
+        key == "metadata" or isinstance(value, (*_PLAIN, *_STATIC))
         for key, value in vars(inner).items()
         if not key.startswith("_np_random")
     )

@@ -14,6 +14,7 @@ from stillhouse.config import Config
 from stillhouse.envs.make import EnvironmentConfig, make
 from stillhouse.envs.vector import VectorEnvironment
 from stillhouse.errors import StillhouseError
+from stillhouse.exploration import epsilon_greedy
 from stillhouse.seeding import generator
 from stillhouse.types import Policy
 
@@ -104,14 +105,9 @@ def evaluate(
                         f"{environment.id}: the policy's outputs are not finite numbers, so it cannot be "
                         "evaluated; its training diverged: lower the learning rate or clip its gradients"
                     )
-                actions = outputs.argmax(axis=1)
             else:
-                actions = np.zeros(copies, np.int64)
-            if epsilon > 0:
-                # Drawn for every copy at every step, so that no copy's numbers depend on another's episodes.
-                explore = random.random(copies) < epsilon
-                actions = np.where(explore, random.integers(actions_count, size=copies), actions)
-            step = envs.step(actions)
+                outputs = np.zeros((copies, actions_count))
+            step = envs.step(epsilon_greedy(outputs, epsilon, random))
             observations = step.observations
             if len(step.ended):
                 counted = played[step.ended] < quota[step.ended]

@@ -84,6 +84,14 @@ class MultiTaskNetwork(nn.Module):
         return outputs
 
 
+def scale_head(network: MultiTaskNetwork, environment: str, factor: float) -> None:
+    """Multiply the outputs for ``environment`` by ``factor``, in its head's weights."""
+    head = network.heads[environment]
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.mul_(factor)
+
+
 def build_network(spec: NetworkSpec, seed: int) -> MultiTaskNetwork:
     """A network with initial weights that depend on ``seed`` alone; torch's global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):

@@ -22,12 +22,9 @@ class FlatParameters:
         network: its parameters are moved; keep using it as before.
         learning_rate: of the optimiser; :meth:`step` may be given another.
         epsilon: the optimiser's.
-        weight_decay: decoupled (AdamW), 0 for none.
     """
 
-    def __init__(
-        self, network: nn.Module, learning_rate: float, epsilon: float = 1e-8, weight_decay: float = 0.0
-    ) -> None:
+    def __init__(self, network: nn.Module, learning_rate: float, epsilon: float = 1e-8) -> None:
         named = list(network.named_parameters())
         device = named[0][1].device
         count = sum(parameter.numel() for _, parameter in named)
@@ -45,9 +42,7 @@ class FlatParameters:
             parameter.grad = self.gradient[start:stop].view_as(parameter)
             start = stop
         self.values.grad = self.gradient
-        self.optimizer = torch.optim.AdamW(
-            [self.values], lr=learning_rate, eps=epsilon, weight_decay=weight_decay, fused=True
-        )
+        self.optimizer = torch.optim.Adam([self.values], lr=learning_rate, eps=epsilon, fused=True)
 
     def zero_gradient(self) -> None:
         """Before every backward pass."""
@@ -66,7 +61,7 @@ class FlatParameters:
     def freeze(self, prefixes: Iterable[str]) -> list[str]:
         """Keep the parameters whose names start with one of ``prefixes`` as they are; the names frozen.
 
-        Their gradients are zeroed, so Adam's step on them is exactly 0 from a fresh optimiser (weight decay must be 0).
+        Their gradients are zeroed, so Adam's step on them is exactly 0 from a fresh optimiser.
         """
         prefixes = tuple(prefixes)
         names = [name for name in self.slices if name.startswith(prefixes)]

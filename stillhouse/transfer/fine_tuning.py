@@ -45,7 +45,7 @@ class FineTuneConfig(Config):
         default=0.1,
         ge=0,
         le=1,
-        description="exploration at the start, but for scratch, which keeps the learner's",
+        description="exploration at the start where the head was taken or fitted; a fresh head explores like scratch",
     )
     evaluations: int = Field(
         default=10, ge=1, le=1000, description="points of the learning curve after the first"

@@ -167,3 +167,13 @@ def test_acrobot_masses_change_the_dynamics() -> None:
     first, second, third = (env.step(2)[0] for env in (plain, heavy, theirs))
     np.testing.assert_array_equal(first, third)
     assert not np.array_equal(first, second)
+
+
+def test_the_games_package_draws_with_the_real_seaborn() -> None:
+    import minatar.environment
+
+    picture = make(EnvironmentConfig(id="MinAtar/Breakout-v0"), "rgb_array")
+    picture.reset(seed=0)
+    frame = picture.render()
+    assert isinstance(frame, np.ndarray) and frame.shape == (10, 10, 3) and frame.max() > 0
+    assert len(minatar.environment.sns.color_palette("cubehelix", 4)) == 4

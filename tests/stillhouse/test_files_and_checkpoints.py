@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -221,3 +222,41 @@ def test_seeding_names_streams() -> None:
     }
     assert len(numbers) == 6
     assert seeding.generator(0, "a").random() == seeding.generator(0, "a").random()
+
+
+@pytest.mark.parametrize("moment", [0, 1])
+def test_a_kill_between_the_renames_loses_nothing(
+    moment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(text: str) -> None:
+        with replace_folder(tmp_path / "x") as folder:
+            (folder / "data").write_text(text)
+
+    save("before")
+    replace, calls = os.replace, []
+
+    def killed(source: Path, destination: Path) -> None:
+        if Path(source).suffix == ".tmp" and Path(source).is_dir() and not moment:
+            raise KeyboardInterrupt  # after the old folder went aside, before the new one came
+        calls.append(source)
+        replace(source, destination)
+
+    monkeypatch.setattr("os.replace", killed)
+    if moment:
+        save("after")
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            save("after")
+    monkeypatch.undo()
+    check_folder(tmp_path / "x")
+    assert (tmp_path / "x" / "data").read_text() == ("after" if moment else "before")
+    save("later")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["x"]
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StillhouseError, match="cannot be written"):
+        write_atomic(tmp_path / "file" / "x", "text")
+    with pytest.raises(StillhouseError, match="cannot be written"), replace_folder(tmp_path / "file" / "x"):
+        pass

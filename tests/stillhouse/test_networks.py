@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from stillhouse.networks.adapters import PlanesAdapter
-from stillhouse.networks.multi_task import NetworkSize, NetworkSpec, build_network, parameter_count
+from stillhouse.networks.multi_task import (
+    NetworkSize,
+    NetworkSpec,
+    build_network,
+    parameter_count,
+    scale_head,
+)
 from stillhouse.networks.parameters import FlatParameters
 from stillhouse.types import EnvironmentSpec, ObservationSpec
 
@@ -134,3 +140,16 @@ def test_frozen_parameters_do_not_move_until_unfrozen() -> None:
     flat.unfreeze()
     step()
     assert not torch.equal(network.state_dict()["0.weight"], before["0.weight"])
+
+
+def test_scaling_a_head_scales_its_outputs_and_no_others() -> None:
+    vector = EnvironmentSpec(observation=OBSERVATIONS[0], actions=2)
+    spec = NetworkSpec(
+        size=NetworkSize(features=8), environments={"a": vector, "b": vector}, output="q_values"
+    )
+    network = build_network(spec, 0)
+    observations = observe(OBSERVATIONS[0])
+    before = {name: network(observations, name) for name in ("a", "b")}
+    scale_head(network, "a", 10.0)
+    torch.testing.assert_close(network(observations, "a"), before["a"] * 10)
+    torch.testing.assert_close(network(observations, "b"), before["b"])

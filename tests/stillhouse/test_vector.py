@@ -195,3 +195,14 @@ def test_episodes_are_the_same_however_long_each_is_played() -> None:
     short, long = beginnings(3), beginnings(7)
     assert short == long
     assert len({first for row in short for first in row}) == 8
+
+
+def test_a_vector_environment_with_state_of_other_kinds_is_not_called_exact() -> None:
+    envs = VectorEnvironment(EnvironmentConfig(id="CartPole-v1"), 2, 0, "train")
+    envs.envs.unwrapped.extra = {"wind": [1, 2]}  # type: ignore[attr-defined]
+    first = envs.reset()
+    envs.step(np.zeros(2, np.int64))
+    resumed = VectorEnvironment(EnvironmentConfig(id="CartPole-v1"), 2, 0, "train")
+    observations = resumed.set_state(envs.get_state())
+    assert resumed.cut_episodes == 2
+    assert not np.array_equal(observations, first)  # new episodes, not the first ones again
