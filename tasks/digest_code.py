@@ -41,6 +41,12 @@ def roots_of(kind: str) -> list[str]:
     return [f"tasks.{verb}"] + ([f"stillhouse.agents.{algorithm}"] if algorithm else [])
 
 
+def import_graph() -> grimp.ImportGraph:
+    """Which project module imports which, when it runs: what only a type checker imports changes nothing."""
+    # Read from the files, so that nothing is imported; the cache would outlive a worktree.
+    return grimp.build_graph(*PACKAGES, exclude_type_checking_imports=True, cache_dir=None)
+
+
 def closure(graph: grimp.ImportGraph, roots: list[str]) -> set[str]:
     """Every project module that importing ``roots`` runs: parent packages too, which grimp's closure leaves out.
 
@@ -111,10 +117,9 @@ def environment(device: str) -> dict[str, str]:
 
 def digest(kinds: list[str], device: str) -> None:
     """Write the digest file of every kind, as they are now, and of no other."""
-    # Its module names come from the files, so that nothing is imported; the cache would outlive a worktree.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    graph = grimp.build_graph(*PACKAGES, include_external_packages=False, cache_dir=None)
+    graph = import_graph()
     closures = {kind: closure(graph, roots_of(kind)) for kind in kinds}
     hashes = {
         module: digest_source(source_of(module).read_text())

@@ -10,6 +10,7 @@ import argparse
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -150,11 +151,19 @@ def begin(names: list[str]) -> dict[str, Any]:
 
 
 def save(name: str) -> dict[str, Any]:
-    """Save the workspace as a DVC experiment."""
-    repo = _open()
+    """Save the workspace as a DVC experiment.
+
+    Raises:
+        StillhouseError: it cannot be.
+    """
+    # The experiment is a commit; git need not know the user's name for it.
+    for key, value in (("name", "stillhouse"), ("email", "stillhouse@localhost")):
+        if subprocess.run(["git", "config", f"user.{key}"], capture_output=True, check=False).returncode:
+            for role in ("AUTHOR", "COMMITTER"):
+                os.environ.setdefault(f"GIT_{role}_{key.upper()}", value)
     try:
-        return {"experiment": name, "commit": repo.experiments.save(name=name, force=True)}
-    except DvcException as error:
+        return {"experiment": name, "commit": _open().experiments.save(name=name, force=True)}
+    except Exception as error:  # the git libraries under DVC have errors of their own
         raise StillhouseError(f"the run could not be saved as an experiment: {_one_line(error)}") from error
 
 
