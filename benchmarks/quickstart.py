@@ -1,6 +1,6 @@
 """The main job as a newcomer runs it, installation apart: time, memory, parallel speed-up, repeatability.
 
-    python -m benchmarks.quickstart            # all four, about half an hour
+    python -m benchmarks.quickstart            # all five, about half an hour
     python -m benchmarks.quickstart --part run
 
 Works in fresh clones of HEAD in a temporary folder, with the Python that runs this.
@@ -9,12 +9,14 @@ run         `stillhouse run quickstart` from nothing, then again with nothing ch
             size (PSS) summed over all processes of the run, sampled every half second
 parallel    the quickstart's teachers by the flow and by `dvc repro`, both from empty
 repeat      the quickstart in two clones: every file of every stage's outs compared
+student     the quickstart over five seeds: the student's normalised scores, and the transfer's
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import re
 import shutil
 import subprocess
@@ -145,7 +147,18 @@ def repeat(work: Path) -> dict[str, Any]:
     return {"files": len(found[0]), "different": different}
 
 
-PARTS = {"run": run, "parallel": parallel, "repeat": repeat}
+def student(work: Path) -> dict[str, Any]:
+    """The quickstart's results over five seeds."""
+    folder = work / "run" if (work / "run").is_dir() else clone(work / "run")
+    timed([*STILLHOUSE, "run", "quickstart", "--seeds", "5"], folder)
+    found = max(
+        folder.glob(".stillhouse/worktrees/*/data/evaluation/results.json"),
+        key=lambda path: path.stat().st_mtime,
+    )
+    return json.loads(found.read_text())
+
+
+PARTS = {"run": run, "parallel": parallel, "repeat": repeat, "student": student}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -174,7 +187,39 @@ def table(results: dict[str, Any]) -> str:
         lines.append(
             f"| files that differ between two runs from nothing | {len(part['different'])} of {part['files']} | none |"
         )
+    if part := results.get("student"):
+        small = part["students"]["small"]
+        mean = small["geometric_mean"]
+        lines.append(
+            f"| student of {small['parameters']:,} parameters, 1/{small['compression']:.1f} of its teachers', 5 seeds: geometric mean "
+            f"of the normalised scores | {mean['value']:.3f} [{mean['low']:.3f}, {mean['high']:.3f}]; worst environment "
+            f"{small['worst_environment']} {small['worst_score']['value']:.3f} | at least 0.95 |"
+        )
+        lines += [
+            "",
+            "## Scores and transfer, 5 seeds",
+            "",
+            "Mean with its 95 % stratified bootstrap interval.",
+            "",
+        ]
+        lines += ["| environment | random | teacher | student | normalised score |", "|---|---|---|---|---|"]
+        lines += [
+            f"| {name} | "
+            + " | ".join(_interval(row[key]) for key in ("random", "teacher", "student", "normalised_score"))
+            + " |"
+            for name, row in small["environments"].items()
+        ]
+        lines += ["", "| target | mode | final return | area against scratch |", "|---|---|---|---|"]
+        for target, modes in part["transfer"].items():
+            for mode, row in modes.items():
+                score = row.get("transfer_ratio") or row.get("transfer_difference")
+                against = "" if mode == "scratch" else _interval(score)
+                lines.append(f"| {target} | {mode} | {_interval(row['final_return'])} | {against} |")
     return "\n".join(lines) + "\n"
+
+
+def _interval(value: dict[str, float]) -> str:
+    return f"{value['value']:.4g} [{value['low']:.4g}, {value['high']:.4g}]"
 
 
 def main() -> None:
