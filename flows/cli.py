@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -157,7 +158,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from prefect.logging.handlers import APILogHandler
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    if PREFECT_API_URL.value():
+    if url := PREFECT_API_URL.value():
+        _check_server(url)
         return _run_flow(arguments)
     with PrivateServer(checkout) as server:
         from flows.distillation import flat_overrides
@@ -182,6 +184,24 @@ def _run(arguments: argparse.Namespace) -> int:
                 return _run_flow(arguments)
             finally:
                 APILogHandler().flush()  # while there is a server to send them to
+
+
+def _check_server(url: str) -> None:
+    """Ask the configured Prefect server once whether it is there.
+
+    Raises:
+        StillhouseError: it is not.
+    """
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        error = client.api_healthcheck()
+    if error:
+        raise StillhouseError(
+            f"PREFECT_API_URL is {url}, but no Prefect server answers there ({' '.join(str(error).split())}): start it "
+            "with `prefect server start`, or unset PREFECT_API_URL (also `prefect config unset PREFECT_API_URL`) for a "
+            "private one"
+        )
 
 
 def _run_flow(arguments: argparse.Namespace) -> int:
@@ -227,15 +247,15 @@ def _first_problem(text: str) -> str:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from flows.workspace import find_checkout
-    from tasks.plan import main as plan
+    from flows.workspace import call_planner, find_checkout, hold
 
-    os.chdir(find_checkout(Path.cwd()))
+    checkout = find_checkout(Path.cwd())
     argv = ([arguments.suite] if arguments.suite else []) + [
         f"--set={override}" for override in arguments.set
     ]
     argv += ["--check"] * arguments.check + ["--overwrite"] * arguments.overwrite
-    plan(argv)
+    with contextlib.nullcontext() if arguments.check else hold(checkout):
+        print(call_planner(checkout, *argv), end="")
     return 0
 
 
@@ -259,7 +279,7 @@ def _subject(arguments: argparse.Namespace) -> tuple[Any, Any, str]:
         )
     if arguments.episodes < 1:
         raise StillhouseError(f"--episodes: at least 1 is allowed, but {arguments.episodes} was given")
-    sys.path.insert(0, os.getcwd())  # the user's own environment module
+    sys.path.append(os.getcwd())  # the user's own environment module
     return network_policy(checkpoint.network, name), parse(EnvironmentConfig, known[name], name), name
 
 

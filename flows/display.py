@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from tasks.stage import progress_line
@@ -70,8 +71,10 @@ class Display:
         for name, latest in progress.items():
             if not latest:
                 continue
-            text = progress_line(
-                latest["done"], latest["total"], latest["unit"], latest["rate"], latest["latest"]
+            text = escape(
+                progress_line(
+                    latest["done"], latest["total"], latest["unit"], latest["rate"], latest["latest"]
+                )
             )
             if self._live:
                 self._progress.update(
@@ -97,5 +100,5 @@ class Display:
             "Failed": ("red", "failed"),
         }.get(state, ("yellow", state.lower()))
         seconds = time.monotonic() - self._started[name]
-        text = message if state not in ("Completed", "Cached") else f"{seconds:.1f} s"
+        text = escape(message) if state not in ("Completed", "Cached") else f"{seconds:.1f} s"
         console.print(f"  [{style}]{word:<9}[/] {name}  {text}  [dim]\\{count}[/]")

@@ -9,15 +9,16 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-from prefect import flow
+from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
+from rich.markup import escape
 
 from flows.display import console
 from flows.graph import Outcome, run_graph
-from flows.results import publish, show
+from flows.results import publish, run_facts, show
 from flows.workspace import find_checkout, hold, make_worktree, plan, remove_worktree
 from stillhouse.errors import StillhouseError
 from tasks.run_stage import call_dvc
@@ -119,20 +120,18 @@ def distillation(
         selection = {"only": only, "from_": from_, "downstream": downstream, "force": force}
         if here:
             with hold(checkout):
-                outcome = _run(checkout, suite, overrides, selection, workers, in_place_run=True)
-                show(checkout, checkout)
+                outcome = _run(checkout, checkout, suite, overrides, selection, workers)
             experiment = ""
         else:
             name = re.sub(r"[^a-z0-9-]", "-", f"{flow_run.name}-{str(flow_run.id)[:6]}".lower())
             workspace = make_worktree(checkout, name, revision)
             console.print(f"workspace {workspace.relative_to(checkout)}")
             try:
-                outcome = _run(workspace, suite, overrides, selection, workers, in_place_run=False)
+                outcome = _run(workspace, checkout, suite, overrides, selection, workers)
             except StillhouseError:
                 # Refused before any stage ran: nothing in it is worth keeping.
                 remove_worktree(checkout, workspace)
                 raise
-            show(workspace, checkout)
             experiment = _save(workspace, name) if not outcome.failed else ""
         console.print(outcome.text() + (f"; saved as experiment {experiment}" if experiment else ""))
     except StillhouseError as error:
@@ -158,15 +157,21 @@ def flat_overrides(
 
 def _run(
     workspace: Path,
+    checkout: Path,
     suite: str,
     overrides: list[str],
     selection: dict[str, list[str]],
     workers: int,
-    in_place_run: bool,
 ) -> Outcome:
-    stages = plan(workspace, suite, overrides, *(["--in-place-run"] if in_place_run else []))
+    stages = plan(workspace, suite, overrides, *(["--in-place-run"] if workspace == checkout else []))
+    get_run_logger().info("%s in %s", run_facts(workspace), workspace)
     outcome = run_graph(stages, workspace, workers=workers, **selection)
-    publish(workspace)
+    # What an earlier run has left there must not pass for this one's.
+    if reason := outcome.lacks("report"):
+        console.print(f"no new report: {escape(reason)}")
+    else:
+        publish(workspace)
+        show(workspace, checkout)
     return outcome
 
 
@@ -174,7 +179,7 @@ def _save(workspace: Path, name: str) -> str:
     try:
         call_dvc(workspace, "save_experiment", "save", name)
     except StillhouseError as error:
-        console.print(f"[yellow]the run is not saved as an experiment: {error}[/]")
+        console.print(f"[yellow]the run is not saved as an experiment: {escape(str(error))}[/]")
         return ""
     return name
 

@@ -38,6 +38,14 @@ class Outcome:
         parts += [f"{len(self.not_run)} not run"] if self.not_run else []
         return ", ".join(parts)
 
+    def lacks(self, name: str) -> str:
+        """Why the stage's outs are not this run's; empty where they are."""
+        if name in self.executed or name in self.cached:
+            return ""
+        if name in self.failed:
+            return f"{name} failed"
+        return f"{self.not_run[name]} failed" if name in self.not_run else f"{name} was not asked for"
+
 
 def edges(stages: Iterable[Stage]) -> dict[str, set[str]]:
     """Each stage's name to the names of the stages whose outs it reads."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import platform
 import time
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from flows.display import console
@@ -78,9 +80,8 @@ def show(workspace: Path, checkout: Path) -> None:
         _print_table("transfer", TRANSFER_COLUMNS, transfer)
     report = workspace / REPORT
     if report.exists():
-        console.print(
-            f"\nreport {report.relative_to(checkout) if report.is_relative_to(checkout) else report}"
-        )
+        shown = report.relative_to(checkout) if report.is_relative_to(checkout) else report
+        console.print(f"\nreport {escape(str(shown))}")
 
 
 def _print_table(title: str, columns: tuple[str, ...], content: list[list[str]]) -> None:
@@ -88,13 +89,28 @@ def _print_table(title: str, columns: tuple[str, ...], content: list[list[str]])
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 or column == "mode" else "right")
     for row in content:
-        table.add_row(*row, style="bold" if row[0] == "geometric mean" else "")
+        table.add_row(*map(escape, row), style="bold" if row[0] == "geometric mean" else "")
     console.print(f"\n[bold]{title}[/]")
     console.print(table)
 
 
+def run_facts(workspace: Path) -> str:
+    """What stands with the run and in no out, which must not change with it: commit, time and processor."""
+    now = time.strftime("%Y-%m-%d %H:%M:%S %z")
+    return f"commit {commit_of(workspace) or 'unknown'}, {now}, {processor()}"
+
+
+def processor() -> str:
+    """The kind of this machine's processor: floating-point results may differ between kinds."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
+        return f"{name} ({platform.machine()})"
+    return f"{platform.processor() or 'processor'} ({platform.machine()})"
+
+
 def publish(workspace: Path) -> None:
-    """The result table, the learning curves and the report as artifacts; commit and time stand here, not in the report."""
+    """The result table, the learning curves and the report as artifacts, with the facts of the run."""
     from prefect.artifacts import (
         create_image_artifact,
         create_link_artifact,
@@ -105,7 +121,7 @@ def publish(workspace: Path) -> None:
     results = _read(workspace)
     if results is None:
         return
-    about = f"commit {commit_of(workspace) or 'unknown'}, {time.strftime('%Y-%m-%d %H:%M:%S %z')}"
+    about = run_facts(workspace)
     table = [
         {"student": name, **dict(zip(COLUMNS, row, strict=True))}
         for name, student in results["students"].items()

@@ -118,16 +118,23 @@ def commit_of(folder: Path) -> str:
 
 
 def plan(workspace: Path, suite: str, overrides: list[str], *options: str) -> list[Stage]:
-    """Plan in a process inside the workspace, with the code that lies there.
+    """The plan, made inside the workspace as ``call_planner`` does."""
+    options = (*options, *(f"--set={override}" for override in overrides))
+    return read_plan(call_planner(workspace, suite, "--json", *options))
+
+
+def call_planner(workspace: Path, *arguments: str) -> str:
+    """What ``tasks.plan`` prints, run in a process inside the workspace: with the code and the modules that lie there.
 
     Raises:
         StillhouseError: what the planner said.
     """
-    argv = [sys.executable, "-m", "tasks.plan", suite, "--json", *options]
-    argv += [f"--set={override}" for override in overrides]
-    result = subprocess.run(argv, cwd=workspace, capture_output=True, text=True, check=False)
+    argv = [sys.executable, "-m", "tasks.plan", *arguments]
+    # An empty PYTHONSAFEPATH is none: modules must be found in the current folder.
+    environment = {**os.environ, "PYTHONSAFEPATH": ""}
+    result = subprocess.run(argv, cwd=workspace, env=environment, capture_output=True, text=True, check=False)
     if result.returncode:
         lines = [line for line in result.stderr.splitlines() if line.strip()]
         said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
         raise StillhouseError((said or lines or [f"planning failed with exit code {result.returncode}"])[-1])
-    return read_plan(result.stdout)
+    return result.stdout

@@ -12,7 +12,9 @@ import pytest
 from prefect import flow
 from toy_pipeline import dvc, runs, toy_plan, toy_stage
 
+from flows.display import Display, console
 from flows.graph import Outcome, edges, matching, priorities, run_graph, select
+from flows.results import _print_table
 from stillhouse.errors import StillhouseError
 from tasks.plan import Stage
 
@@ -130,6 +132,38 @@ def test_a_failure_stops_what_depends_on_it_and_nothing_else(toy, prefect_harnes
     outcome = run(plan)
     assert sorted(outcome.executed) == ["a", "c", "d"]
     assert sorted(outcome.cached) == ["b", "e"]
+
+
+def test_what_a_failed_or_partial_run_lacks():
+    outcome = Outcome(["a"], ["b"], {"c": "reason"}, {"d": "c"})
+    assert [outcome.lacks(name) for name in "abcde"] == [
+        "",
+        "",
+        "c failed",
+        "c failed",
+        "e was not asked for",
+    ]
+
+
+def test_messages_are_shown_as_they_are():
+    with console.capture() as captured, Display(2) as display:
+        for name in ("a", "b"):
+            display.start(name, cached=False)
+        display.finish("a", "Failed", "no such file [/tmp/x]; allowed: [a, list]")
+    assert "no such file [/tmp/x]; allowed: [a, list]" in captured.get()
+    with console.capture() as captured:
+        _print_table("title", ("a",), [["1 [nan, nan]"]])
+    assert "[nan, nan]" in captured.get()
+
+
+def test_the_users_settings_do_not_reach_a_stage(toy, prefect_harness, monkeypatch):
+    (toy / "mine").mkdir()
+    (toy / "mine/matplotlibrc").write_text("savefig.dpi: 30\n")
+    (toy / "neighbour.py").touch()
+    monkeypatch.setenv("MATPLOTLIBRC", str(toy / "mine"))
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    script = "import neighbour, matplotlib; assert matplotlib.rcParams['savefig.dpi'] == 'figure'"
+    assert run(toy_plan(toy_stage("a", script=script))).executed == ["a"]
 
 
 def test_as_many_at_a_time_as_asked_and_the_longest_first(toy, prefect_harness):

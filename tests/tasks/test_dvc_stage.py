@@ -104,6 +104,27 @@ def test_a_broken_lock_without_a_copy_is_said(project):
     assert not KEPT_LOCK.exists()  # nothing broken is ever kept
 
 
+def test_an_experiment_is_saved_without_a_git_identity(project, tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+    for name in ("GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM"):
+        monkeypatch.setenv(name, os.devnull)
+    monkeypatch.delenv("EMAIL", raising=False)
+    # Nothing is committed yet: said in one line, as the git libraries' own errors are.
+    process = start("save", "too-early")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert errors.startswith("error: the run could not be saved as an experiment: ")
+    assert errors.count("\n") == 1
+    Path("dvc.yaml").write_text("stages: {}\n")
+    somebody = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+    subprocess.run(["git", "add", "--all"], check=True)
+    subprocess.run(["git", *somebody, "commit", "--quiet", "--message", "start"], check=True)
+    subprocess.run(["git", "worktree", "add", "--quiet", "--detach", "tree"], check=True)
+    monkeypatch.chdir("tree")
+    Path("source").write_text("other text")
+    assert run("save", "an-experiment")["experiment"] == "an-experiment"
+
+
 def test_a_failure_is_one_line(project):
     Path("source").unlink()
     process = start("run", "quick")
