@@ -1,20 +1,17 @@
-# `make run`: the quickstart, from nothing to the report.   `make test`: every fast test.   `make learning`: agents really learn.
+# `make run`: the quickstart, from nothing to the report.   `make test`: every test.   `make learning`: agents really learn.
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: run test learning check clean
+.PHONY: run test check clean
 
 run: $(STAMP)
 	@$(BIN)/stillhouse run quickstart
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
-
-learning: $(STAMP)
-	$(BIN)/python -m pytest -m learning $(PYTEST_ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
