@@ -286,6 +286,9 @@ def _subject(arguments: argparse.Namespace) -> tuple[Any, Any, str]:
 def _play(arguments: argparse.Namespace) -> int:
     from stillhouse.evaluation.video import record
 
+    os.environ.setdefault(
+        "SDL_VIDEODRIVER", "dummy"
+    )  # pictures are drawn in memory; SDL need not look for a screen
     policy, environment, name = _subject(arguments)
     returns = record(policy, environment, arguments.output, arguments.seed, arguments.episodes)
     print(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -15,13 +17,18 @@ from pathlib import Path
 import pytest
 from toy_pipeline import with_path
 
+from flows.results import processor
+from flows.workspace import hold
+
 ROOT = Path(__file__).parents[2]
 
 
-def stillhouse(clone: Path, *arguments: str, code: int = 0) -> str:
+def stillhouse(clone: Path, *arguments: str, code: int = 0, **variables: str) -> str:
     """Run the clone's own `stillhouse` and return what it printed."""
     argv = [sys.executable, "-m", "flows.cli", *arguments]
-    result = subprocess.run(argv, cwd=clone, env=environment(), capture_output=True, text=True, timeout=600)
+    result = subprocess.run(
+        argv, cwd=clone, env={**environment(), **variables}, capture_output=True, text=True, timeout=600
+    )
     assert result.returncode == code, result.stdout + result.stderr
     assert "Traceback" not in result.stdout + result.stderr
     return result.stdout + result.stderr
@@ -58,6 +65,22 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture
+def made(clone: Path) -> Path:
+    """The clone with the outs of a whole run."""
+    if not (clone / "data/evaluation/report.html").exists():
+        stillhouse(clone, "run", "smoke", "--in-place")
+    return clone
+
+
+def dvc(clone: Path, *arguments: str) -> str:
+    """DVC's own command line, in the clone."""
+    argv = [sys.executable, "-m", "dvc", *arguments]
+    result = subprocess.run(argv, cwd=clone, env=environment(), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
 def tree(folder: Path) -> dict[str, str]:
     """Every file below ``data/`` with its hash."""
     files = sorted(path for path in (folder / "data").rglob("*") if path.is_file())
@@ -90,35 +113,38 @@ def test_the_pipeline_end_to_end(clone):
     assert str(clone) not in report
     first, lock = tree(clone), (clone / "dvc.lock").read_text()
 
+    # What Prefect keeps of it, for its UI.
+    with contextlib.closing(sqlite3.connect(clone / ".stillhouse/prefect/prefect.db")) as database:
+        artifacts = {
+            key: (data, about)
+            for key, data, about in database.execute("select key, data, description from artifact")
+        }
+        logged = [message for (message,) in database.execute("select message from log")]
+    assert {"results", "learning-curves", "report", "report-summary"} <= set(artifacts)
+    assert {row["environment"] for row in json.loads(json.loads(artifacts["results"][0]))} == {
+        "cartpole",
+        "breakout",
+        "geometric mean",
+    }
+    assert "data:image/png;base64," in artifacts["learning-curves"][0]
+    assert "report.html" in artifacts["report"][0]
+    for facts in (artifacts["results"][1], next(line for line in logged if line.startswith("commit "))):
+        assert processor() in facts
+
     # Again: nothing runs.
     assert "0 ran, 10 cached" in stillhouse(clone, "run", "smoke", "--in-place")
     assert (clone / "dvc.lock").read_text() == lock
 
     # DVC alone agrees.
-    repro = subprocess.run(
-        [sys.executable, "-m", "dvc", "repro"],
-        cwd=clone,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert repro.returncode == 0, repro.stderr
-    assert "Running stage 'train_teacher" not in repro.stdout
+    assert "Running stage 'train_teacher" not in dvc(clone, "repro")
     assert (clone / "dvc.lock").read_text() == lock
-    for command in (
-        ["metrics", "show"],
-        ["params", "diff"],
-        ["plots", "show", "--out", str(clone / "plots")],
-    ):
-        shown = subprocess.run(
-            [sys.executable, "-m", "dvc", *command],
-            cwd=clone,
-            env=environment(),
-            capture_output=True,
-            text=True,
-        )
-        assert shown.returncode == 0, (command, shown.stderr)
+    metrics = dvc(clone, "metrics", "show")
+    for environment_name in ("cartpole", "breakout"):
+        assert f"students.small.environments.{environment_name}.normalised_score.value" in metrics
+    dvc(clone, "plots", "show", "--out", str(clone / "plots"))
+    plots = (clone / "plots/index.html").read_text()
+    for shown in ("mean_return", "agreement", "normalised_score", "data/evaluation/comparison.csv"):
+        assert shown in plots
 
     # Every stage forced, from the same inputs: the same bytes.
     forced = [
@@ -150,14 +176,7 @@ def test_a_run_of_its_own_is_saved_as_an_experiment_and_touches_nothing_here(clo
     )
     (line,) = [line for line in printed.splitlines() if "saved as experiment" in line]
     name = line.rpartition(" ")[2]
-    shown = subprocess.run(
-        [sys.executable, "-m", "dvc", "exp", "list", "--name-only"],
-        cwd=clone,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert name in shown.stdout
+    assert name in dvc(clone, "exp", "list", "--name-only")
     assert f".stillhouse/worktrees/{name}/data/evaluation/report.html" in printed
     assert (
         subprocess.run(["git", "status", "--porcelain"], cwd=clone, capture_output=True, text=True).stdout
@@ -201,7 +220,12 @@ def test_ctrl_c_leaves_no_process_and_the_stage_goes_on_to_the_same_bytes(clone)
     assert "Traceback" not in printed
     assert not survivors(clone)
     assert list(scratch.glob("*/manifest.json")), "the interrupted stage saved nothing"
-    stillhouse(clone, "run", "smoke", *settings)
+    printed = stillhouse(clone, "run", "smoke", *settings)
+    assert "no new report: report was not asked for" in printed
+    assert "report data/" not in printed
+    # The same bytes could also come from the beginning.
+    log = (clone / "logs/train_teacher-cartpole-s0.log").read_text()
+    assert "resumed from the saved state" in log
     assert not list(scratch.glob("*/manifest.json"))
     resumed = {
         name: digest
@@ -211,6 +235,96 @@ def test_ctrl_c_leaves_no_process_and_the_stage_goes_on_to_the_same_bytes(clone)
     stillhouse(clone, "run", "smoke", *settings, "--force", "train_teacher-cartpole-s0")
     whole = tree(clone)
     assert resumed == {name: whole[name] for name in resumed}
+
+
+def test_a_weak_teacher_is_kept_and_stops_what_would_learn_from_it(made):
+    git = ["git", "-c", "user.name=test", "-c", "user.email=test@example.org"]
+    subprocess.run(["git", "add", "dvc.lock"], cwd=made, check=True)
+    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message", "run"], cwd=made, check=True)
+    settings = ["--in-place", "--set", "collect_dataset.breakout.transitions=1000"]
+    settings += ["--set", "collect_dataset.cartpole.minimum_return=1e6"]
+    printed = stillhouse(made, "run", "smoke", *settings, code=1)
+    (failed,) = [line for line in printed.splitlines() if line.startswith("  failed ")]
+    assert "collect_dataset-cartpole-s0" in failed
+    assert "weak teacher" in failed
+    assert "error: collect_dataset-cartpole-s0: weak teacher" in printed
+    assert (made / "data/teachers/cartpole-s0/manifest.json").exists()
+    assert "done      collect_dataset-breakout-s0" in printed
+    assert "1 failed, 6 not run" in printed
+    # The report of an earlier run still lies there, and is not shown as this one's.
+    assert (made / "data/evaluation/report.html").exists()
+    assert "no new report: collect_dataset-cartpole-s0 failed" in printed
+    assert "report data/" not in printed
+
+    settings += ["--set", "collect_dataset.cartpole.allow_weak_teacher=true", "--only", "collect_dataset"]
+    assert "done      collect_dataset-cartpole-s0" in stillhouse(made, "run", "smoke", *settings)
+    changed = json.loads(dvc(made, "params", "diff", "--json"))["params/pipeline.yaml"]
+    assert changed["collect_dataset.breakout.transitions"] == {"old": 2000, "new": 1000, "diff": -1000}
+    changed = json.loads(dvc(made, "metrics", "diff", "--json"))["data/datasets/breakout-s0.json"]
+    assert changed["transitions"]["new"] < changed["transitions"]["old"]
+
+
+@pytest.mark.parametrize("kilobytes", [4, 16])
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(made, kilobytes):
+    stillhouse(made, "plan", "smoke")
+    folder = made / "data/datasets"
+    shutil.rmtree(folder / "cartpole-s0", ignore_errors=True)
+    before = sorted(path.name for path in folder.iterdir())
+    command = f"ulimit -f {kilobytes}; exec {sys.executable} -m tasks.collect_dataset cartpole --seed 0"
+    result = subprocess.run(
+        ["bash", "-c", command], cwd=made, env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 2, result.stderr
+    (said,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert "File too large" in said
+    assert "Traceback" not in result.stderr
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_commands_on_what_a_run_has_made(made):
+    printed = stillhouse(
+        made, "play", "data/students/small-s0", "--environment", "cartpole", "--output", "x.gif"
+    )
+    assert "x.gif: cartpole, return " in printed
+    assert (made / "x.gif").read_bytes().startswith(b"GIF8")
+    printed = stillhouse(made, "evaluate", "data/teachers/cartpole-s0", "--episodes", "3")
+    assert [line.split()[:2] for line in printed.splitlines() if line.endswith("3 episodes")] == [
+        ["cartpole", "greedy"],
+        ["cartpole", "epsilon"],
+        ["cartpole", "random"],
+    ]
+    assert stillhouse(made, "report").strip().endswith("data/evaluation/report.html")
+    printed = stillhouse(made, "--help")
+    for command in ("run", "plan", "play", "evaluate", "report"):
+        assert f"  stillhouse {command}" in printed
+
+
+def test_planning_finds_the_users_module_and_keeps_out_of_a_run(clone):
+    # As the console script does, whose folder is not the checkout: `-P` keeps the current folder off the path.
+    argv = [sys.executable, "-P", "-m", "flows.cli", "plan", "smoke"]
+    argv += ["--set", "environments.cartpole.module=my_world"]
+    (clone / "my_world.py").write_text("import gymnasium\n")
+    try:
+        result = subprocess.run(
+            argv, cwd=clone, env={**environment(), "PYTHONSAFEPATH": "1"}, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
+        assert "stages in dvc.yaml" in result.stdout
+        assert "- my_world.py" in (clone / "dvc.yaml").read_text()
+    finally:
+        (clone / "my_world.py").unlink()
+        stillhouse(clone, "plan", "smoke")
+    with hold(clone):
+        assert "another run is in progress" in stillhouse(clone, "plan", "smoke", code=2)
+        stillhouse(clone, "plan", "--check")
+
+
+def test_a_prefect_server_that_is_not_there_is_one_line(clone):
+    url = "http://127.0.0.1:9/api"
+    printed = stillhouse(clone, "run", "smoke", "--in-place", code=2, PREFECT_API_URL=url).strip()
+    assert printed.startswith(f"error: PREFECT_API_URL is {url}")
+    assert "unset PREFECT_API_URL" in printed
+    assert "\n" not in printed
 
 
 def test_mistakes_are_one_line(clone):
