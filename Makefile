@@ -1,4 +1,4 @@
-# `make run`: the quickstart, from nothing to the report.   `make test`: every test.   `make learning`: agents really learn.
+# `make run`: the quickstart, from nothing to the report.   `make test`: every test.
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
