@@ -147,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> int:
     from flows.server import PrivateServer, spare_loopback_the_proxy
-    from flows.workspace import find_checkout, plan
+    from flows.workspace import find_checkout, hold, plan, plan_ahead
 
     checkout = find_checkout(Path.cwd())
     os.chdir(checkout)
@@ -162,7 +162,7 @@ def _run(arguments: argparse.Namespace) -> int:
         _check_server(url)
         return _run_flow(arguments)
     with PrivateServer(checkout) as server:
-        from flows.distillation import flat_overrides
+        from flows.distillation import flat_overrides, runs_in_place
 
         # A mistake in the parameters shows while the server starts, and before anything is done.
         overrides = [
@@ -176,8 +176,10 @@ def _run(arguments: argparse.Namespace) -> int:
             ),
             *arguments.set,
         ]
-        # (Not for the plain quickstart: the flow plans it anyway, and nobody typed anything.)
-        if not arguments.revision and (overrides or arguments.suite != "quickstart"):
+        if runs_in_place(arguments.suite, overrides, arguments.revision, arguments.in_place):
+            with hold(checkout):
+                plan_ahead(checkout, arguments.suite, overrides, "--in-place-run")
+        elif not arguments.revision:
             plan(checkout, arguments.suite, overrides, "--dry-run")
         with temporary_settings({PREFECT_API_URL: server.url()}):
             try:

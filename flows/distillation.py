@@ -112,11 +112,7 @@ def distillation(
         if revision.startswith("-"):
             raise StillhouseError(f"revision: {revision!r} is not a git revision")
         checkout = find_checkout(Path.cwd())
-        here = in_place or (suite == "quickstart" and not overrides and not revision)
-        if here and revision:
-            raise StillhouseError(
-                "in_place: a revision is checked out in a worktree of its own; leave in_place out"
-            )
+        here = runs_in_place(suite, overrides, revision, in_place)
         selection = {"only": only, "from_": from_, "downstream": downstream, "force": force}
         if here:
             with hold(checkout):
@@ -139,6 +135,19 @@ def distillation(
     if outcome.failed:
         return Failed(message="; ".join(f"{name}: {reason}" for name, reason in outcome.failed.items()))
     return Completed(message=outcome.text())
+
+
+def runs_in_place(suite: str, overrides: list[str], revision: str, in_place: bool) -> bool:
+    """Whether a run happens in the checkout itself: where it is asked to, and the committed quickstart as it is.
+
+    Raises:
+        StillhouseError: in place, but at another revision.
+    """
+    if in_place and revision:
+        raise StillhouseError(
+            "in_place: a revision is checked out in a worktree of its own; leave in_place out"
+        )
+    return in_place or (suite == "quickstart" and not overrides and not revision)
 
 
 def flat_overrides(

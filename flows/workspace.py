@@ -14,7 +14,7 @@ from pathlib import Path
 
 from stillhouse.errors import StillhouseError
 from tasks.plan import Stage, read_plan
-from tasks.stage import cache_folder
+from tasks.stage import DVC_YAML, PIPELINE, cache_folder
 
 PRIVATE = Path(".stillhouse")
 
@@ -117,10 +117,33 @@ def commit_of(folder: Path) -> str:
     return ""
 
 
+# Plans made while the private server started, by their arguments, with the files that they left.
+_ahead: dict[tuple[str, ...], tuple[list[bytes], list[Stage]]] = {}
+
+
 def plan(workspace: Path, suite: str, overrides: list[str], *options: str) -> list[Stage]:
-    """The plan, made inside the workspace as ``call_planner`` does."""
-    options = (*options, *(f"--set={override}" for override in overrides))
-    return read_plan(call_planner(workspace, suite, "--json", *options))
+    """The plan, made inside the workspace as ``call_planner`` does, unless :func:`plan_ahead` has just made it."""
+    arguments = (suite, "--json", *options, *(f"--set={override}" for override in overrides))
+    files, stages = _ahead.pop((str(workspace), *arguments), ([], []))
+    if stages and files == _plan_files(workspace):
+        return stages
+    return read_plan(call_planner(workspace, *arguments))
+
+
+def plan_ahead(workspace: Path, suite: str, overrides: list[str], *options: str) -> None:
+    """Make a plan that :func:`plan` will take over if its files are still the same then."""
+    stages = plan(workspace, suite, overrides, *options)
+    key = (str(workspace), suite, "--json", *options, *(f"--set={override}" for override in overrides))
+    _ahead[key] = (_plan_files(workspace), stages)
+
+
+def _plan_files(workspace: Path) -> list[bytes]:
+    files = (
+        workspace / DVC_YAML,
+        workspace / PIPELINE,
+        *sorted((workspace / "params/suites").glob("*.yaml")),
+    )
+    return [file.read_bytes() for file in files if file.exists()]
 
 
 def call_planner(workspace: Path, *arguments: str) -> str:
