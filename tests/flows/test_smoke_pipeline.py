@@ -190,7 +190,7 @@ def test_a_run_of_its_own_is_saved_as_an_experiment_and_touches_nothing_here(clo
 def test_ctrl_c_leaves_no_process_and_the_stage_goes_on_to_the_same_bytes(clone):
     settings = [
         "--set",
-        "train_teacher.cartpole.env_steps=40000",
+        "train_teacher.cartpole.env_steps=60000",
         "--only",
         "train_teacher-cartpole-s0",
         "--in-place",
