@@ -58,6 +58,7 @@ _EVALUATION_BATCH = 1024
 class DistillationConfig(Config):
     """How the student is trained, and how large it is."""
 
+    method: Literal["offline"] = "offline"
     loss: Literal["kl", "nll", "mse"] = Field(
         default="kl", description="kl and nll give a policy (logits), mse gives Q-values"
     )
