@@ -1,7 +1,7 @@
 """Stage: one small file per stage kind that changes when, and only when, the code or the versions behind it do.
 
 ``python -m tasks.digest_code --device auto train_teacher-dqn collect_dataset ...`` writes ``data/code/<kind>.json``. A kind is
-a stage's verb, plus its algorithm where the stage imports that by name. Modules are hashed over their syntax tree, without
+a stage's verb, plus what the stage imports by name (an algorithm, a method). Modules are hashed over their syntax tree, without
 docstrings and comments: an edit to ``losses/distillation.py`` reruns students and not teachers, a comment reruns nothing.
 """
 
@@ -30,15 +30,24 @@ VERSIONS = ("torch", "numpy", "scipy", "gymnasium", "minatar", "safetensors", "m
 SIMULATORS = ("ale-py", "box2d", "mujoco", "envpool")  # only where they are installed
 
 
-def kind_of(verb: str, algorithm: str = "") -> str:
-    """``train_teacher-dqn``, or the verb alone."""
-    return f"{verb}-{algorithm}" if algorithm else verb
+# The package of what a stage imports by name first; everything after that, and everywhere else, is an algorithm.
+_PACKAGES = {"distill_student": "stillhouse.distillation"}
+_ALGORITHMS = "stillhouse.agents"
+
+
+def kind_of(verb: str, *imported: str) -> str:
+    """``train_teacher-dqn``, ``distill_student-online-dqn-pqn``, or the verb alone."""
+    return "-".join([verb, *imported])
 
 
 def roots_of(kind: str) -> list[str]:
-    """The modules where a kind's imports begin: its stage, and the algorithm that the stage imports by name."""
-    verb, _, algorithm = kind.partition("-")
-    return [f"tasks.{verb}"] + ([f"stillhouse.agents.{algorithm}"] if algorithm else [])
+    """The modules where a kind's imports begin: its stage, and what the stage imports by name."""
+    verb, *imported = kind.split("-")
+    packages = [_PACKAGES.get(verb, _ALGORITHMS), *[_ALGORITHMS] * len(imported)]
+    return [
+        f"tasks.{verb}",
+        *(f"{package}.{name}" for package, name in zip(packages, imported, strict=False)),
+    ]
 
 
 def import_graph() -> grimp.ImportGraph:

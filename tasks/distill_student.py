@@ -1,7 +1,8 @@
-"""Stage: distil the teachers' datasets into one student."""
+"""Stage: distil teachers into one student, by the method that its parameters name."""
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from stillhouse.checkpoint import save_checkpoint
 from stillhouse.config import parse
 from stillhouse.datasets.reader import Dataset
-from stillhouse.distillation.offline import Distillation, DistillationConfig
+from stillhouse.distillation import METHODS
 from stillhouse.files import write_json
 from stillhouse.networks.multi_task import parameter_count
 from tasks.curve import Curve
@@ -22,11 +23,14 @@ def distill_student(context: StageContext) -> None:
     block = dict(context.block(f"distill_student.{context.name}"))
     # Sorted: the order of the names in a file must not change the student.
     environments = sorted(block.pop("environments"))
-    config = parse(DistillationConfig, block, f"distill_student.{context.name}")
+    # By name: this stage depends on the code of its own method only.
+    module = importlib.import_module(f"stillhouse.distillation.{block['method']}")
+    distillation_class, config_class = (getattr(module, name) for name in METHODS[block["method"]])
+    config = parse(config_class, block, f"distill_student.{context.name}")
     datasets = {
         name: Dataset.open(Path("data/datasets") / f"{name}-s{context.seed}") for name in environments
     }
-    distillation = Distillation(config, datasets, context.seed, context.device)
+    distillation = distillation_class(config, datasets, context.seed, context.device)
     columns = {"eval/agreement": "agreement", "loss/distill": "loss"}
     columns |= {f"agreement/{name}": f"agreement_{name}" for name in environments}
     curve = Curve(context, "updates", columns)

@@ -39,13 +39,17 @@ def _slug(name: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_slug)]
+Names = Annotated[list[Name], Field(min_length=1, max_length=1000)]
 TeacherConfig = Annotated[DQNConfig | PQNConfig, Field(discriminator="algorithm")]
 
 
-class StudentParams(DistillationConfig):
-    """A student: which environments' teachers it learns from, and how."""
+class OfflineParams(DistillationConfig):
+    """A student of datasets: which environments' teachers made them, and how it learns."""
 
-    environments: list[Name] = Field(min_length=1, max_length=1000)
+    environments: Names
+
+
+StudentParams = OfflineParams
 
 
 class TransferParams(FineTuneConfig):

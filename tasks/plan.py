@@ -102,8 +102,8 @@ def stages_of(params: Params) -> list[Stage]:
     def python(verb: str, *arguments: str) -> list[str]:
         return ["python", "-m", f"tasks.{verb}", *arguments]
 
-    def code(verb: str, algorithm: str = "") -> str:
-        return str(CODE / f"{kind_of(verb, algorithm)}.json")
+    def code(verb: str, *imported: str) -> str:
+        return str(CODE / f"{kind_of(verb, *imported)}.json")
 
     def module_files(environment: str) -> list[str]:
         return user_module_files(params.environments[environment].module)
@@ -145,7 +145,7 @@ def stages_of(params: Params) -> list[Stage]:
                 Stage(
                     name=stage_name("distill_student", name, seed=seed),
                     argv=python("distill_student", name, "--seed", str(seed)),
-                    deps=[code("distill_student")]
+                    deps=[code("distill_student", student.method)]
                     + [f"data/datasets/{source}-s{seed}" for source in sources]
                     + [path for source in sources for path in module_files(source)],
                     params=[f"distill_student.{name}", *(f"environments.{source}" for source in sources)],

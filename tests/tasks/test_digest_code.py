@@ -50,7 +50,10 @@ def project(tmp_path, monkeypatch):
         "stillhouse/losses.py": "",
         "tasks/__init__.py": "",
         "tasks/train_teacher.py": "import stillhouse.agents",
-        "tasks/distill_student.py": "import stillhouse.losses",
+        "stillhouse/distillation/__init__.py": "",
+        "stillhouse/distillation/offline.py": "import stillhouse.losses",
+        "stillhouse/distillation/online.py": "",
+        "tasks/distill_student.py": "import stillhouse.distillation",
     }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +61,8 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
-KINDS = ["train_teacher-dqn", "train_teacher-pqn", "distill_student"]
+OFFLINE, ONLINE = "distill_student-offline", "distill_student-online-dqn"
+KINDS = ["train_teacher-dqn", "train_teacher-pqn", OFFLINE, ONLINE]
 
 
 def digests(project: Path) -> dict[str, bytes]:
@@ -96,20 +100,26 @@ def test_an_edit_reruns_the_kinds_that_import_it_and_no_other(project):
         "stillhouse.replay.uniform",
         "stillhouse.lazy",
     }
-    assert changed(project, "stillhouse/losses.py", "x = 1") == {"distill_student"}
+    assert changed(project, "stillhouse/losses.py", "x = 1") == {OFFLINE}
     assert changed(project, "stillhouse/losses.py", "x = 1  # why") == set()
-    assert changed(project, "stillhouse/lazy.py", "x = 1") == {"train_teacher-dqn"}
+    assert changed(project, "stillhouse/distillation/online.py", "x = 1") == {ONLINE}
+    # An online student trains its teachers itself.
+    assert changed(project, "stillhouse/lazy.py", "x = 1") == {"train_teacher-dqn", ONLINE}
     assert changed(project, "stillhouse/agents/pqn.py", "x = 1") == {"train_teacher-pqn"}
     # A parent package's __init__ runs too, and so does what it imports.
-    assert changed(project, "stillhouse/replay/__init__.py", "x = 1") == {"train_teacher-dqn"}
-    assert changed(project, "stillhouse/shared.py", "x = 1") == {"train_teacher-dqn", "train_teacher-pqn"}
+    assert changed(project, "stillhouse/replay/__init__.py", "x = 1") == {"train_teacher-dqn", ONLINE}
+    assert changed(project, "stillhouse/shared.py", "x = 1") == {
+        "train_teacher-dqn",
+        "train_teacher-pqn",
+        ONLINE,
+    }
     assert changed(project, "stillhouse/__init__.py", "x = 1") == set(KINDS)
 
 
 def test_this_projects_own_closures():
     graph = import_graph()
     dqn, pqn = (closure(graph, roots_of(kind_of("train_teacher", name))) for name in ("dqn", "pqn"))
-    student = closure(graph, roots_of("distill_student"))
+    student = closure(graph, roots_of(kind_of("distill_student", "offline")))
     assert "stillhouse.agents.dqn" in dqn - pqn
     assert "stillhouse.agents.pqn" in pqn - dqn
     assert "stillhouse.losses.distillation" in student - dqn

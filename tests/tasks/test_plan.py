@@ -65,7 +65,7 @@ def test_exact_inputs(project):
     stages = by_name(make_plan("quickstart", []))
     student = stages["distill_student-small-s1"]
     assert sorted(student.deps) == [
-        "data/code/distill_student.json",
+        "data/code/distill_student-offline.json",
         "data/datasets/acrobot-s1",
         "data/datasets/breakout-s1",
         "data/datasets/cartpole-s1",
@@ -86,7 +86,7 @@ def test_a_smaller_list_leaves_nothing_behind(project):
     assert "train_teacher-acrobot-s1" in full
     fewer = by_name(make_plan("quickstart", ["seeds=[0]", "distill_student.small.environments=[cartpole]"]))
     assert fewer["distill_student-small-s0"].deps == [
-        "data/code/distill_student.json",
+        "data/code/distill_student-offline.json",
         "data/datasets/cartpole-s0",
     ]
     assert not any(name.endswith("-s1") for name in fewer)
