@@ -13,7 +13,7 @@ from pydantic import Field
 
 from stillhouse import seeding
 from stillhouse.config import Config
-from stillhouse.datasets.schema import SCHEMA_FILE, DatasetSchema, row_bytes
+from stillhouse.datasets.schema import SCHEMA_FILE, DatasetSchema, action_gaps, row_bytes
 from stillhouse.datasets.writer import ShardWriter
 from stillhouse.envs.make import EnvironmentConfig
 from stillhouse.envs.vector import VectorEnvironment
@@ -139,7 +139,7 @@ def collect(
             writer.append_final(episode[step.ended], step.final_observations)
             if cut_episodes:
                 writer.append_final(episode[open_rows], step.observations[open_rows])
-            gap_sum += _gap_sum(outputs[valid])
+            gap_sum += float(action_gaps(outputs[valid]).sum(dtype=np.float64))
             return_sum += float(step.episode_returns.sum())
             ended_episodes += len(step.ended)
             episode[step.ended] = next_episode + np.arange(len(step.ended))
@@ -191,10 +191,3 @@ def _check_return(mean_return: float | None, source: str, config: CollectConfig)
             f"{config.minimum_return:.4g}; train it longer (its checkpoint is kept), lower minimum_return, "
             f"or set allow_weak_teacher"
         )
-
-
-def _gap_sum(outputs: np.ndarray) -> float:
-    if outputs.shape[1] < 2:
-        return 0.0
-    best = np.partition(outputs, -2, axis=1)[:, -2:]
-    return float((best[:, 1] - best[:, 0]).sum(dtype=np.float64))

@@ -74,6 +74,15 @@ def row_bytes(environment: EnvironmentSpec) -> int:
     return sum(dtype.itemsize * math.prod(shape) for dtype, shape in column_forms(environment).values())
 
 
+def action_gaps(outputs: np.ndarray) -> np.ndarray:
+    """Difference between the best and the second best output of each row of ``[B, A]``, float32 ``[B]``; 0 where
+    there is a single action."""
+    if outputs.shape[1] < 2:
+        return np.zeros(len(outputs), np.float32)
+    best = np.partition(outputs, -2, axis=1)[:, -2:]
+    return best[:, 1] - best[:, 0]
+
+
 def smallest_unsigned(count: int) -> np.dtype[Any]:
     """The smallest unsigned type that holds 0..count-1."""
     return np.min_scalar_type(count - 1)

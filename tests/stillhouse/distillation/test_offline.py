@@ -13,7 +13,8 @@ from stillhouse.config import parse
 from stillhouse.datasets.reader import Dataset
 from stillhouse.datasets.schema import SCHEMA_FILE, DatasetSchema
 from stillhouse.datasets.writer import ShardWriter
-from stillhouse.distillation.offline import Distillation, DistillationConfig, size_for_budget
+from stillhouse.distillation.offline import Distillation, DistillationConfig
+from stillhouse.distillation.student import size_for_budget
 from stillhouse.errors import StillhouseError
 from stillhouse.files import replace_folder, write_json
 from stillhouse.networks.multi_task import (
@@ -116,6 +117,11 @@ def config(**settings) -> DistillationConfig:
     return DistillationConfig(**{**defaults, **settings})
 
 
+def temperatures(settings: DistillationConfig, datasets: dict[str, Dataset]) -> list[float]:
+    sources = Distillation(settings, datasets, seed=0).training._sources
+    return [source.temperature for source in sources.values()]
+
+
 def weights(network: MultiTaskNetwork) -> torch.Tensor:
     return torch.cat([parameter.detach().reshape(-1) for parameter in network.parameters()])
 
@@ -177,7 +183,7 @@ def test_resumed_and_uninterrupted_end_in_the_same_bytes(
     assert [report.metrics for report in rest] == [report.metrics for report in reports[2:]]
     assert second.best == whole.best
     assert torch.equal(weights(second.student()), weights(whole.student()))
-    assert torch.equal(second.parameters.values, whole.parameters.values)
+    assert torch.equal(second.training.parameters.values, whole.training.parameters.values)
 
 
 def test_patience_is_resumed_too(tmp_path: Path, datasets: dict[str, Dataset]) -> None:
@@ -210,7 +216,7 @@ def test_the_best_measurement_is_the_result(datasets: dict[str, Dataset]) -> Non
     agreements, students = [], []
     for report in distillation.train():
         agreements.append(report.metrics["eval/agreement"])
-        students.append(distillation.parameters.values.detach().clone())
+        students.append(distillation.training.parameters.values.detach().clone())
     best = int(np.argmax(agreements))
     assert best < len(agreements) - 1
     assert distillation.best["update"] == 50 * (best + 1)
@@ -234,10 +240,10 @@ def test_held_out_episodes_are_never_trained_on(tmp_path: Path) -> None:
     distillation = Distillation(config(updates=100, holdout_fraction=0.3), {"line": dataset}, seed=0)
     gather = dataset.observations
     dataset.observations = lambda rows: (used.append(rows), gather(rows))[1]
-    distillation._train_interval()
+    distillation.training.update(100)
     trained = set(dataset.episodes[np.concatenate(used)].tolist())
     used.clear()
-    distillation._agreement(distillation._sources[0])
+    distillation.training._agreement(distillation.training._sources["line"])
     held = set(dataset.episodes[np.concatenate(used)].tolist())
     assert len(trained) + len(held) == 60
     assert len(held) == 18
@@ -266,9 +272,10 @@ def test_normalised_mse_weighs_small_q_values_as_much_as_large_ones(tmp_path: Pa
     gradients = {}
     for normalise in (False, True):
         distillation = Distillation(config(loss="mse", normalise_mse=normalise), datasets, seed=0)
-        losses = torch.stack([distillation._loss(source) for source in distillation._sources])
-        (losses * distillation._weights).sum().backward()
-        heads = distillation.network.heads
+        training = distillation.training
+        losses = torch.stack([training._loss(source) for source in training._sources.values()])
+        (losses * training._weights).sum().backward()
+        heads = training.network.heads
         gradients[normalise] = [heads[name].weight.grad.norm().item() for name in datasets]
     assert gradients[False][0] > 1e4 * gradients[False][1]
     assert 0.2 < gradients[True][0] / gradients[True][1] < 5
@@ -281,9 +288,9 @@ def test_the_parameter_budget_is_kept_and_used(
 ) -> None:
     size = NetworkSize(conv_channels=16, features=64, torso=(32, 32), layer_norm=layer_norm)
     distillation = Distillation(config(size=size, parameter_fraction=fraction), datasets, seed=0)
-    count = parameter_count(distillation.network)
+    count = parameter_count(distillation.training.network)
     assert 0.7 * fraction * 30_000 < count <= fraction * 30_000
-    assert distillation.network.spec.size.layer_norm == layer_norm
+    assert distillation.training.network.spec.size.layer_norm == layer_norm
     assert distillation.teacher_parameters == 30_000
 
 
@@ -333,12 +340,8 @@ def test_mse_needs_teachers_of_one_kind(tmp_path: Path) -> None:
     }
     with pytest.raises(StillhouseError, match=r"line q_values, grid logits"):
         Distillation(config(loss="mse"), datasets, seed=0)
-    temperatures = [source.temperature for source in Distillation(config(), datasets, seed=0)._sources]
-    assert temperatures == [0.01, 1.0]
-    temperatures = [
-        source.temperature for source in Distillation(config(temperature=0.3), datasets, 0)._sources
-    ]
-    assert temperatures == [0.3, 0.3]
+    assert temperatures(config(), datasets) == [0.01, 1.0]
+    assert temperatures(config(temperature=0.3), datasets) == [0.3, 0.3]
 
 
 def test_weights_for_an_unknown_environment_are_refused(datasets: dict[str, Dataset]) -> None:
