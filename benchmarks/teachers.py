@@ -53,7 +53,7 @@ def train(case: str, seed: int) -> dict[str, Any]:
     for _ in learner.train():
         pass
     seconds = time.perf_counter() - started
-    returns = evaluate(learner.q_values, environment, 100, seed).returns
+    returns = evaluate(learner.outputs, environment, 100, seed).returns
     return {
         "mean_return": float(returns.mean()),
         "standard_deviation_over_episodes": float(returns.std()),

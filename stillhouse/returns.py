@@ -34,3 +34,29 @@ def lambda_returns(r_t: Tensor, discount_t: Tensor, trace_t: Tensor, v_tp1: Tens
         following = r_t[t] + discount_t[t] * torch.lerp(v_tp1[t], following, trace_t[t])
         returns[t] = following
     return returns
+
+
+def generalized_advantages(
+    r_t: Tensor, discount_t: Tensor, trace_t: Tensor, v_t: Tensor, v_tp1: Tensor
+) -> Tensor:
+    """Generalised advantage estimation (Schulman et al. 2016, https://arxiv.org/abs/1506.02438, eq. 16), backwards in time:
+
+        delta_t = r_t + discount_t * v_tp1_t - v_t,   A_t = delta_t + discount_t * trace_t * A_{t+1},   A_T = 0
+
+    ``A_t + v_t`` is the lambda-return that a critic is fitted to.
+
+    Args:
+        r_t: rewards [T, B].
+        discount_t: [T, B], 0 where terminated.
+        trace_t: [T, B], lambda inside an episode, 0 where one ended.
+        v_t: values of the states acted in [T, B].
+        v_tp1: bootstrap values of the successors [T, B].
+
+    Returns:
+        [T, B].
+    """
+    advantages = torch.addcmul(r_t - v_t, discount_t, v_tp1)
+    decay = discount_t * trace_t
+    for t in range(len(r_t) - 2, -1, -1):
+        advantages[t].addcmul_(decay[t], advantages[t + 1])
+    return advantages

@@ -68,11 +68,11 @@ def environment_spec(
     """Describe an environment's spaces.
 
     Raises:
-        StillhouseError: a space that DQN and PQN cannot handle, naming it and what is supported.
+        StillhouseError: a space that the algorithms cannot handle, naming it and what is supported.
     """
     if not isinstance(action_space, spaces.Discrete):
         raise StillhouseError(
-            f"{where}: action space {action_space} is not supported: DQN and PQN choose among a finite set of actions, "
+            f"{where}: action space {action_space} is not supported: DQN, PQN and PPO choose among a finite set of actions, "
             "so the action space must be Discrete; discretise the actions in a wrapper of your own"
         )
     if action_space.start != 0:
@@ -124,7 +124,7 @@ class Learner(Protocol):
 
     network: MultiTaskNetwork
     environment: str
-    reward_scale: float  # its Q-values are of rewards times this
+    reward_scale: float  # its outputs are of rewards times this; 1 for logits
     envs: VectorEnvironment
     parameters: FlatParameters
     env_steps: int
@@ -134,8 +134,8 @@ class Learner(Protocol):
         """Act and learn until the budget is spent."""
         ...
 
-    def q_values(self, observations: np.ndarray) -> np.ndarray:
-        """float32 [B, A] for raw observations [B, ...]: a :data:`Policy`."""
+    def outputs(self, observations: np.ndarray) -> np.ndarray:
+        """Q-values or logits, float32 [B, A], for raw observations [B, ...]: a :data:`Policy`."""
         ...
 
     def get_state(self) -> dict[str, Any]:

@@ -10,10 +10,17 @@ from stillhouse.config import parse
 from stillhouse.envs.make import EnvironmentConfig
 from stillhouse.envs.vector import VectorEnvironment
 from stillhouse.errors import StillhouseError
-from stillhouse.networks.multi_task import MultiTaskNetwork, NetworkSpec, build_network
-from stillhouse.types import Learner
+from stillhouse.networks.multi_task import (
+    MultiTaskNetwork,
+    NetworkSpec,
+    build_network,
+    scale_head,
+)
+from stillhouse.types import Learner, OutputKind
 
-ALGORITHMS = {"dqn": ("DQN", "DQNConfig"), "pqn": ("PQN", "PQNConfig")}
+ALGORITHMS = {"dqn": ("DQN", "DQNConfig"), "pqn": ("PQN", "PQNConfig"), "ppo": ("PPO", "PPOConfig")}
+OUTPUTS: dict[str, OutputKind] = {"dqn": "q_values", "pqn": "q_values", "ppo": "logits"}
+FRESH_LOGITS = 0.01  # factor on a fresh policy head's weights: learning starts from a nearly uniform policy
 
 
 def make_learner(
@@ -45,7 +52,9 @@ def make_learner(
     config = parse(config_class, settings, name)
     envs = VectorEnvironment(environment, config.num_envs, seed, "train")
     if network is None:
-        spec = NetworkSpec(size=config.network, environments={name: envs.spec}, output="q_values")
+        spec = NetworkSpec(size=config.network, environments={name: envs.spec}, output=OUTPUTS[algorithm])
         network = build_network(spec, seeding.derive(seed, "network"))
+        if spec.output == "logits":
+            scale_head(network, name, FRESH_LOGITS)
     learner: Learner = learner_class(config, network.to(device), name, envs, seed)
     return learner

@@ -158,15 +158,15 @@ class DQN:
         return linear_schedule(config.epsilon_start, config.epsilon_end, duration, self.env_steps)
 
     @torch.inference_mode()
-    def q_values(self, observations: np.ndarray) -> np.ndarray:
-        """float32 [B, A] for raw observations [B, ...]."""
+    def outputs(self, observations: np.ndarray) -> np.ndarray:
+        """Q-values, float32 [B, A], for raw observations [B, ...]."""
         values: np.ndarray = (
             self.network(torch.from_numpy(observations).to(self.device), self.environment).cpu().numpy()
         )
         return values
 
     def _act(self) -> None:
-        actions = epsilon_greedy(self.q_values(self._observations), self.epsilon(), self._exploration)
+        actions = epsilon_greedy(self.outputs(self._observations), self.epsilon(), self._exploration)
         step = self.envs.step(actions)
         self.replay.add(
             self._observations,

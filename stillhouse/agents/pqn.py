@@ -142,8 +142,8 @@ class PQN:
         return linear_schedule(config.epsilon_start, config.epsilon_end, duration, self.env_steps)
 
     @torch.inference_mode()
-    def q_values(self, observations: np.ndarray) -> np.ndarray:
-        """float32 [B, A] for raw observations [B, ...]."""
+    def outputs(self, observations: np.ndarray) -> np.ndarray:
+        """Q-values, float32 [B, A], for raw observations [B, ...]."""
         values: np.ndarray = (
             self.network(torch.from_numpy(observations).to(self.device), self.environment).cpu().numpy()
         )
@@ -153,7 +153,7 @@ class PQN:
         config = self.config
         observations = self._observations
         for t in range(config.rollout_length):
-            values = self.q_values(observations)
+            values = self.outputs(observations)
             if t:
                 self._rollout_values[t - 1] = values.max(axis=1)
             actions = epsilon_greedy(values, epsilon, self._exploration)
@@ -168,7 +168,7 @@ class PQN:
             self.episodes += len(step.ended)
             self.recent_returns.extend(step.episode_returns.tolist())
             observations = step.observations
-        self._rollout_values[-1] = self.q_values(observations).max(axis=1)
+        self._rollout_values[-1] = self.outputs(observations).max(axis=1)
         self._apply_truncations()
         self._observations = observations
         self.env_steps += int(self._rollout_valid.sum())
@@ -181,7 +181,7 @@ class PQN:
             self._truncations: list[tuple[int, np.ndarray, np.ndarray]] = []
         at_limit = truncated[ended]
         if at_limit.any():
-            values = self.q_values(final[at_limit]).max(axis=1)
+            values = self.outputs(final[at_limit]).max(axis=1)
             self._truncations.append((t, ended[at_limit], values))
 
     def _apply_truncations(self) -> None:

@@ -7,7 +7,8 @@ networks is most of the fixed cost of an update.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,20 @@ class FlatParameters:
         network: its parameters are moved; keep using it as before.
         learning_rate: of the optimiser; :meth:`step` may be given another.
         epsilon: the optimiser's.
+        beside: modules that are trained along and are no part of the network, for example a critic. Their parameters
+            follow the network's, under ``<key>.<name>``; the network's keep their own names.
     """
 
-    def __init__(self, network: nn.Module, learning_rate: float, epsilon: float = 1e-8) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        learning_rate: float,
+        epsilon: float = 1e-8,
+        beside: Mapping[str, nn.Module] = MappingProxyType({}),
+    ) -> None:
         named = list(network.named_parameters())
+        for key, module in beside.items():
+            named += module.named_parameters(prefix=key)
         device = named[0][1].device
         count = sum(parameter.numel() for _, parameter in named)
         self.values = nn.Parameter(torch.empty(count, device=device), requires_grad=False)
@@ -69,6 +80,14 @@ class FlatParameters:
         for name in names:
             self._mask[self.slices[name]] = 0
         return names
+
+    def forget_moments(self) -> None:
+        """Start the optimiser afresh.
+
+        Parameters whose gradient was 0 so far need it: Adam's step count corrects its averages for steps that these never
+        saw, and their first steps would be up to seven times too long.
+        """
+        self.optimizer.state.clear()
 
     def unfreeze(self) -> None:
         """Train everything again."""

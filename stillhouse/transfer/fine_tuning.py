@@ -219,7 +219,7 @@ class FineTuning:
 
     def _judge(self, env_steps: int) -> None:
         episodes = evaluate(
-            self.learner.q_values,
+            self.learner.outputs,
             self.environment,
             self.config.evaluation_episodes,
             self.seed,

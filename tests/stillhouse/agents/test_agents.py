@@ -140,9 +140,9 @@ def test_learns_to_name_what_is_shown(algorithm: str) -> None:
     settings = {**SETTINGS[algorithm], "learning_rate": 5e-3, "env_steps": 6000, "gamma": 0.0}
     for seed in range(5):
         agent = make_learner(settings, "signal", environment, seed)
-        untrained.append(evaluate(agent.q_values, environment, 50, seed).returns.mean())
+        untrained.append(evaluate(agent.outputs, environment, 50, seed).returns.mean())
         list(agent.train())
-        trained.append(evaluate(agent.q_values, environment, 50, seed).returns.mean())
+        trained.append(evaluate(agent.outputs, environment, 50, seed).returns.mean())
     result = permutation_test(
         (trained, untrained), lambda a, b: np.mean(a) - np.mean(b), alternative="greater", n_resamples=np.inf
     )
