@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import torch
-
 from stillhouse.checkpoint import load_checkpoint
 from stillhouse.config import parse
 from stillhouse.datasets.collect import CollectConfig, Teacher, collect
@@ -15,6 +13,7 @@ from stillhouse.envs.make import EnvironmentConfig
 from stillhouse.evaluation.rollouts import evaluate, network_policy
 from stillhouse.files import write_json
 from stillhouse.networks.multi_task import parameter_count
+from stillhouse.processor import use_one_core
 from tasks.stage import StageContext, main
 
 # Greedy episodes by which a teacher is judged before it is asked to play.
@@ -23,7 +22,7 @@ VALIDATION_EPISODES = 32
 
 def collect_dataset(context: StageContext) -> None:
     """A teacher's checkpoint to a dataset of its play."""
-    torch.set_num_threads(1)
+    use_one_core()
     name, seed = context.name, context.seed
     environment = parse(EnvironmentConfig, context.block(f"environments.{name}"), f"environments.{name}")
     config = parse(CollectConfig, context.block(f"collect_dataset.{name}"), f"collect_dataset.{name}")

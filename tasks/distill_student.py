@@ -5,21 +5,20 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
-import torch
-
 from stillhouse.checkpoint import save_checkpoint
 from stillhouse.config import parse
 from stillhouse.datasets.reader import Dataset
 from stillhouse.distillation import METHODS
 from stillhouse.files import write_json
 from stillhouse.networks.multi_task import parameter_count
+from stillhouse.processor import use_one_core
 from tasks.curve import Curve
 from tasks.stage import StageContext, main
 
 
 def distill_student(context: StageContext) -> None:
     """Datasets to a student's checkpoint, its learning curve and its agreement with each teacher."""
-    torch.set_num_threads(1)
+    use_one_core()
     block = dict(context.block(f"distill_student.{context.name}"))
     # Sorted: the order of the names in a file must not change the student.
     environments = sorted(block.pop("environments"))

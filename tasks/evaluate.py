@@ -16,12 +16,13 @@ from stillhouse.envs.make import EnvironmentConfig
 from stillhouse.evaluation.rollouts import EvaluationConfig, evaluate, network_policy
 from stillhouse.files import write_json
 from stillhouse.networks.multi_task import parameter_count
+from stillhouse.processor import use_one_core
 from tasks.stage import StageContext, main
 
 
 def evaluate_environment(context: StageContext) -> None:
     """Checkpoints to returns, greedy and with a little noise, on the test stream's episodes."""
-    torch.set_num_threads(1)
+    use_one_core()
     name, seed = context.name, context.seed
     environment = parse(EnvironmentConfig, context.block(f"environments.{name}"), name)
     config = parse(EvaluationConfig, context.block("evaluate"), "evaluate")

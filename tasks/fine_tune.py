@@ -8,8 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
-import torch
-
 from stillhouse.agents import make_learner
 from stillhouse.checkpoint import load_checkpoint, save_checkpoint
 from stillhouse.config import parse
@@ -18,6 +16,7 @@ from stillhouse.envs.make import EnvironmentConfig, describe
 from stillhouse.evaluation.rollouts import evaluate
 from stillhouse.files import write_atomic, write_json
 from stillhouse.networks.multi_task import parameter_count, scale_head
+from stillhouse.processor import use_one_core
 from stillhouse.transfer.fine_tuning import FineTuneConfig, FineTuning, Mode, fit_head, target_network
 from stillhouse.types import environment_spec
 from tasks.stage import StageContext, main
@@ -25,7 +24,7 @@ from tasks.stage import StageContext, main
 
 def fine_tune(context: StageContext) -> None:
     """A student and a target environment to a checkpoint, its learning curve and what was taken from the student."""
-    torch.set_num_threads(1)
+    use_one_core()
     name, mode, seed = context.name, cast(Mode, context.mode), context.seed
     block = dict(context.block(f"fine_tune.{name}"))
     environment = parse(EnvironmentConfig, context.block(f"environments.{name}"), name)
@@ -57,9 +56,9 @@ def fine_tune(context: StageContext) -> None:
 
     folder = Path("data/transfer")
     stem = f"{name}-{mode}-s{seed}"
-    test = evaluate(learner.q_values, environment, config.evaluation_episodes, seed)
+    test = evaluate(learner.outputs, environment, config.evaluation_episodes, seed)
     random = evaluate(
-        learner.q_values, environment, config.evaluation_episodes, seed, epsilon=1.0, stream="validation"
+        learner.outputs, environment, config.evaluation_episodes, seed, epsilon=1.0, stream="validation"
     )
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from stillhouse.agents import make_learner
 from stillhouse.checkpoint import save_checkpoint, save_state
@@ -13,13 +12,14 @@ from stillhouse.config import parse
 from stillhouse.envs.make import EnvironmentConfig
 from stillhouse.files import write_json
 from stillhouse.networks.multi_task import parameter_count, scale_head
+from stillhouse.processor import use_one_core
 from tasks.curve import Curve
 from tasks.stage import StageContext, main
 
 
 def train_teacher(context: StageContext) -> None:
     """The environment and the algorithm's settings to a checkpoint, its training state and its learning curve."""
-    torch.set_num_threads(1)
+    use_one_core()
     environment = parse(EnvironmentConfig, context.block(f"environments.{context.name}"), context.name)
     settings = context.block(f"train_teacher.{context.name}")
     learner = make_learner(settings, context.name, environment, context.seed, context.device)

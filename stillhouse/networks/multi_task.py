@@ -1,6 +1,7 @@
 """The one network of this project: adapters, a shared torso, a head per environment.
 
-A teacher is the case of one environment. Equal observation shapes share an adapter.
+A teacher is the case of one environment. Equal observation shapes share an adapter; with ``share_planes`` all planes of
+equal sides share everything but the first convolution.
 """
 
 from __future__ import annotations
@@ -13,7 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stillhouse.config import Config
-from stillhouse.networks.adapters import make_adapter
+from stillhouse.networks.adapters import (
+    PlanesBody,
+    PlanesConvolution,
+    has_planes,
+    height_width_channels,
+    make_adapter,
+)
 from stillhouse.types import EnvironmentSpec, OutputKind
 
 
@@ -21,6 +28,16 @@ class NetworkSize(Config):
     """Widths of a network."""
 
     conv_channels: int = Field(default=16, ge=1, le=1024, description="maps of the first convolution")
+    second_conv_channels: int = Field(
+        default=0,
+        ge=0,
+        le=1024,
+        description="planes: maps of a second convolution of stride 2, which saves most of the dense layer's parameters; 0: none",
+    )
+    share_planes: bool = Field(
+        default=False,
+        description="planes of equal sides share all but the first convolution, of which every environment has its own",
+    )
     features: int = Field(default=128, ge=1, le=8192, description="width of every adapter's output")
     torso: tuple[int, ...] = Field(default=(), max_length=16, description="widths of the shared dense layers")
     layer_norm: bool = Field(default=False, description="normalise after every layer but the heads")
@@ -58,12 +75,22 @@ class MultiTaskNetwork(nn.Module):
         self.spec = spec
         size = spec.size
         self.adapters = nn.ModuleDict()
-        for environment in spec.environments.values():
+        self.bodies = nn.ModuleDict()
+        self._routes: dict[str, tuple[str, str]] = {}  # environment -> its adapter, and its body or ""
+        widths = (size.conv_channels, size.second_conv_channels, size.features, size.layer_norm)
+        for name, environment in spec.environments.items():
             observation = environment.observation
-            if observation.key not in self.adapters:
-                self.adapters[observation.key] = make_adapter(
-                    observation, size.conv_channels, size.features, size.layer_norm
-                )
+            if size.share_planes and has_planes(observation):
+                height, width, _ = height_width_channels(observation)
+                body = f"planes_{height}x{width}"
+                self._routes[name] = (name, body)
+                self.adapters[name] = PlanesConvolution(observation, size.conv_channels, size.layer_norm)
+                if body not in self.bodies:
+                    self.bodies[body] = PlanesBody(observation, *widths)
+            else:
+                self._routes[name] = (observation.key, "")
+                if observation.key not in self.adapters:
+                    self.adapters[observation.key] = make_adapter(observation, *widths)
         self.torso = Torso(size.features, size.torso, size.layer_norm)
         self.heads = nn.ModuleDict(
             {
@@ -74,8 +101,11 @@ class MultiTaskNetwork(nn.Module):
 
     def features(self, observations: Tensor, environment: str) -> Tensor:
         """The torso's output, [B, last width], for raw observations [B, ...]."""
-        adapter = self.adapters[self.spec.environments[environment].observation.key]
-        features: Tensor = self.torso(adapter(observations))
+        adapter, body = self._routes[environment]
+        adapted = self.adapters[adapter](observations)
+        if body:
+            adapted = self.bodies[body](adapted)
+        features: Tensor = self.torso(adapted)
         return features
 
     def forward(self, observations: Tensor, environment: str) -> Tensor:
