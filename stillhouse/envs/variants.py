@@ -98,9 +98,9 @@ def _minatar(**options: Any) -> gymnasium.Env[Any, Any]:
 
 
 def _minatar_vector(**options: Any) -> gymnasium.vector.VectorEnv[Any, Any, Any]:
-    from stillhouse.envs.minatar import MinAtarVectorEnv
+    from stillhouse.envs.minatar import GAMES, MinAtarVectorEnv, PackageVectorEnv
 
-    return MinAtarVectorEnv(**options)
+    return (MinAtarVectorEnv if options["game"] in GAMES else PackageVectorEnv)(**options)
 
 
 def register() -> None:
