@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from stillhouse.agents.dqn import DQNConfig
+from stillhouse.agents.ppo import PPOConfig
 from stillhouse.agents.pqn import PQNConfig
 from stillhouse.config import Config, near, parse
 from stillhouse.datasets.collect import CollectConfig
@@ -40,7 +41,7 @@ def _slug(name: str) -> str:
 
 Name = Annotated[str, AfterValidator(_slug)]
 Names = Annotated[list[Name], Field(min_length=1, max_length=1000)]
-TeacherConfig = Annotated[DQNConfig | PQNConfig, Field(discriminator="algorithm")]
+TeacherConfig = Annotated[DQNConfig | PQNConfig | PPOConfig, Field(discriminator="algorithm")]
 
 
 class OfflineParams(DistillationConfig):

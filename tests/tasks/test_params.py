@@ -66,9 +66,10 @@ def test_the_budget_scales_every_budget():
         assert half.fine_tune[name].learner.env_steps == transfer.learner.env_steps // 2
 
 
-def test_another_algorithm_brings_its_own_defaults():
-    params = load_suite("quickstart", ["train_teacher.cartpole.algorithm=pqn"])
-    assert params.train_teacher["cartpole"].algorithm == "pqn"
+@pytest.mark.parametrize("algorithm", ["pqn", "ppo"])
+def test_another_algorithm_brings_its_own_defaults(algorithm):
+    params = load_suite("quickstart", [f"train_teacher.cartpole.algorithm={algorithm}"])
+    assert params.train_teacher["cartpole"].algorithm == algorithm
     assert (
         params.train_teacher["cartpole"].env_steps
         == load_suite("quickstart", []).train_teacher["cartpole"].env_steps
