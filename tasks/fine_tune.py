@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
-from stillhouse.agents import make_learner
+from stillhouse.agents import OUTPUTS, make_learner
 from stillhouse.checkpoint import load_checkpoint, save_checkpoint
 from stillhouse.config import parse
 from stillhouse.datasets.reader import Dataset
@@ -32,15 +32,20 @@ def fine_tune(context: StageContext) -> None:
     block.pop("modes")
     config = parse(FineTuneConfig, block, f"fine_tune.{name}")
     student = load_checkpoint(Path("data/students") / f"{student_name}-s{seed}").network
+    output = OUTPUTS[learner_settings["algorithm"]]
     network, tensors = target_network(
-        student, name, environment_spec(*describe(environment), name), source, seed, mode
+        student, name, environment_spec(*describe(environment), name), source, seed, mode, output
     )
     explained = None
-    if mode != "scratch" and source and student.spec.output == "logits":
+    if output == "q_values" and mode != "scratch" and source and student.spec.output == "logits":
         dataset = Dataset.open(Path("data/datasets") / f"{source}-s{seed}")
         if dataset.schema.environment == network.spec.environments[name]:
             explained = fit_head(network, name, dataset, dataset.schema.output)
-    if explained is not None or f"heads.{name}.weight" not in tensors.new:
+    head_taken = f"heads.{name}.weight" not in tensors.new
+    if output == "logits" and head_taken:
+        # A fresh critic's errors would spoil the policy before it knows anything.
+        learner_settings = {**learner_settings, "critic_warmup": config.critic_warmup}
+    elif output == "q_values" and (head_taken or explained is not None):
         # It knows something of what its actions are worth; a learner with a fresh head must explore like scratch.
         learner_settings = {**learner_settings, "epsilon_start": config.epsilon_start}
         scale_head(network, name, learner_settings.get("reward_scale", 1.0))

@@ -13,8 +13,21 @@ from stillhouse.envs.make import EnvironmentConfig
 from stillhouse.files import write_json
 from stillhouse.networks.multi_task import parameter_count, scale_head
 from stillhouse.processor import use_one_core
+from stillhouse.types import OutputKind
 from tasks.curve import Curve
 from tasks.stage import StageContext, main
+
+# Metrics in the learning curve, and their columns.
+COLUMNS: dict[OutputKind, dict[str, str]] = {
+    "q_values": {"rollout/return": "mean_return", "loss/td": "loss", "rollout/epsilon": "epsilon"},
+    "logits": {
+        "rollout/return": "mean_return",
+        "loss/policy": "policy_loss",
+        "loss/value": "value_loss",
+        "policy/entropy": "entropy",
+        "policy/kl": "kl",
+    },
+}
 
 
 def train_teacher(context: StageContext) -> None:
@@ -23,11 +36,7 @@ def train_teacher(context: StageContext) -> None:
     environment = parse(EnvironmentConfig, context.block(f"environments.{context.name}"), context.name)
     settings = context.block(f"train_teacher.{context.name}")
     learner = make_learner(settings, context.name, environment, context.seed, context.device)
-    curve = Curve(
-        context,
-        "env_steps",
-        {"rollout/return": "mean_return", "loss/td": "loss", "rollout/epsilon": "epsilon"},
-    )
+    curve = Curve(context, "env_steps", COLUMNS[learner.network.spec.output])
     if saved := context.scratch.load():
         learner.set_state(saved["learner"])
         curve.set_state(saved["curve"])

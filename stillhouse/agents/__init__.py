@@ -12,15 +12,28 @@ from stillhouse.envs.vector import VectorEnvironment
 from stillhouse.errors import StillhouseError
 from stillhouse.networks.multi_task import (
     MultiTaskNetwork,
+    NetworkSize,
     NetworkSpec,
     build_network,
     scale_head,
 )
-from stillhouse.types import Learner, OutputKind
+from stillhouse.types import EnvironmentSpec, Learner, OutputKind
 
 ALGORITHMS = {"dqn": ("DQN", "DQNConfig"), "pqn": ("PQN", "PQNConfig"), "ppo": ("PPO", "PPOConfig")}
 OUTPUTS: dict[str, OutputKind] = {"dqn": "q_values", "pqn": "q_values", "ppo": "logits"}
-FRESH_LOGITS = 0.01  # factor on a fresh policy head's weights: learning starts from a nearly uniform policy
+
+_FRESH_LOGITS = 0.01  # factor on a fresh policy head's weights: learning starts from a nearly uniform policy
+
+
+def fresh_network(
+    size: NetworkSize, name: str, environment: EnvironmentSpec, output: OutputKind, seed: int
+) -> MultiTaskNetwork:
+    """What a learner starts from: a network for one environment, its weights from the stage's ``seed``."""
+    spec = NetworkSpec(size=size, environments={name: environment}, output=output)
+    network = build_network(spec, seeding.derive(seed, "network"))
+    if output == "logits":
+        scale_head(network, name, _FRESH_LOGITS)
+    return network
 
 
 def make_learner(
@@ -52,9 +65,6 @@ def make_learner(
     config = parse(config_class, settings, name)
     envs = VectorEnvironment(environment, config.num_envs, seed, "train")
     if network is None:
-        spec = NetworkSpec(size=config.network, environments={name: envs.spec}, output=OUTPUTS[algorithm])
-        network = build_network(spec, seeding.derive(seed, "network"))
-        if spec.output == "logits":
-            scale_head(network, name, FRESH_LOGITS)
+        network = fresh_network(config.network, name, envs.spec, OUTPUTS[algorithm], seed)
     learner: Learner = learner_class(config, network.to(device), name, envs, seed)
     return learner

@@ -263,21 +263,15 @@ class PPO:
         for _ in range(config.epochs):
             order = valid[torch.randperm(len(valid), generator=self._shuffling)][: size * count]
             shuffled = [column[order.to(self.device)].split(size) for column in columns]
-            parts += [self._update(*minibatch, learning_rate) for minibatch in zip(*shuffled, strict=True)]
+            for minibatch in zip(*shuffled, strict=True):
+                parts.append(self._update(minibatch, learning_rate))
         metrics = _metrics(parts, config.epochs, config.clip_range)
         metrics["rollout/value"] = float(values.mean())
         return metrics
 
-    def _update(
-        self,
-        observations: Tensor,
-        actions: Tensor,
-        log_mu: Tensor,
-        advantages: Tensor,
-        returns: Tensor,
-        learning_rate: float,
-    ) -> ClippedLoss:
+    def _update(self, minibatch: tuple[Tensor, ...], learning_rate: float) -> ClippedLoss:
         config = self.config
+        observations, actions, log_mu, advantages, returns = minibatch
         features = self.network.features(observations, self.environment)
         logits = self.network.heads[self.environment](features)
         values = self._value(observations, features.detach() if self._warming else features)

@@ -81,17 +81,19 @@ class FlatParameters:
             self._mask[self.slices[name]] = 0
         return names
 
+    def unfreeze(self) -> None:
+        """Train everything again; where something was frozen, with a fresh optimiser."""
+        if self._mask is not None:
+            self._mask = None
+            self.forget_moments()
+
     def forget_moments(self) -> None:
         """Start the optimiser afresh.
 
-        Parameters whose gradient was 0 so far need it: Adam's step count corrects its averages for steps that these never
-        saw, and their first steps would be up to seven times too long.
+        Parameters whose gradient was 0 so far need it: Adam's step count corrects its averages for the steps that these did
+        not see, and their first steps would be up to seven times too long.
         """
         self.optimizer.state.clear()
-
-    def unfreeze(self) -> None:
-        """Train everything again."""
-        self._mask = None
 
     def get_state(self) -> dict[str, Any]:
         """Values, optimiser moments and step count; not the frozen names, which are the caller's schedule."""

@@ -5,10 +5,11 @@
     scratch   the same network with fresh weights: what the other two are judged against
 
 What is taken: the shared torso always; the adapter where the target's observations have the same shape as a source's;
-the head only where the student's outputs are Q-values. A KL or NLL student's outputs are logits: bootstrapping from
-them destroys the network, so a fresh Q head is fitted to a source dataset's Q-values first (ridge regression on the
-torso's features, in closed form). Where no dataset fits the target's spaces, the fresh head starts at zero: it bootstraps
-from 0, not from noise.
+the head only where the student's outputs are what the learner's are. A policy-gradient learner takes a KL or NLL student's
+logits as they are, and warms its critic up before the policy moves. For a value-based learner such a student's outputs are no
+Q-values: bootstrapping from them destroys the network, so a fresh Q head is fitted to a source dataset's Q-values first (ridge
+regression on the torso's features, in closed form). Where no dataset fits the target's spaces, the fresh head starts at
+zero: it bootstraps from 0, not from noise. A policy head that cannot be taken starts at zero too: the uniform policy.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from stillhouse import seeding
+from stillhouse.agents import fresh_network
 from stillhouse.config import Config
 from stillhouse.envs.make import EnvironmentConfig
 from stillhouse.evaluation.rollouts import evaluate
-from stillhouse.networks.multi_task import MultiTaskNetwork, NetworkSpec, build_network
+from stillhouse.networks.multi_task import MultiTaskNetwork
 from stillhouse.types import EnvironmentSpec, Learner, OutputKind, Report
 
 Mode = Literal["full", "frozen", "scratch"]
@@ -45,7 +46,13 @@ class FineTuneConfig(Config):
         default=0.1,
         ge=0,
         le=1,
-        description="exploration at the start where the head was taken or fitted; a fresh head explores like scratch",
+        description="DQN and PQN: exploration at the start where the head was taken or fitted; a fresh head explores like scratch",
+    )
+    critic_warmup: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="PPO: share of the budget in which only the critic learns, where the head was taken",
     )
     evaluations: int = Field(
         default=10, ge=1, le=1000, description="points of the learning curve after the first"
@@ -83,28 +90,32 @@ def target_network(
     source: str,
     seed: int,
     mode: Mode,
+    output: OutputKind = "q_values",
 ) -> tuple[MultiTaskNetwork, TensorReport]:
-    """A Q network of the student's size for the target environment, with what can be taken from the student.
+    """A network of the student's size for the target environment, with what can be taken from the student.
 
     Args:
         student: the network to take from.
         name: the target environment's name: the new network's head.
         environment: the target's spaces.
-        source: the student's environment whose head is taken where its outputs are Q-values; "" takes no head.
+        source: the student's environment whose head is taken where its outputs are of the kind ``output``; "" takes no
+            head.
         seed: of the fresh tensors, the same in every mode.
         mode: ``scratch`` takes nothing.
+        output: what the learner's network gives.
     """
-    spec = NetworkSpec(size=student.spec.size, environments={name: environment}, output="q_values")
-    network = build_network(spec, seeding.derive(seed, "network"))
+    network = fresh_network(student.spec.size, name, environment, output, seed)
     report = TensorReport([], [], [])
     own = dict(network.named_parameters())
     theirs = {} if mode == "scratch" else dict(student.named_parameters())
-    head = f"heads.{name}."
     with torch.no_grad():
         for key, tensor in own.items():
-            is_head = key.startswith(head)
-            source_key = key.replace(head, f"heads.{source}.", 1) if is_head else key
-            usable = not is_head or student.spec.output == "q_values"
+            is_head = key.startswith("heads.")
+            source_key = key
+            for part in ("heads", "adapters"):  # an adapter has an environment's name where planes share a body
+                if key.startswith(f"{part}.{name}."):
+                    source_key = key.replace(f"{part}.{name}.", f"{part}.{source}.", 1)
+            usable = not is_head or student.spec.output == output
             given = theirs.get(source_key) if usable else None
             if given is None:
                 report.new.append(key)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stillhouse.losses.td import q_learning_target, td_loss
-from stillhouse.returns import lambda_returns
+from stillhouse.returns import generalized_advantages, lambda_returns
 
 
 def column(*values: float) -> torch.Tensor:
@@ -54,6 +54,51 @@ def test_lambda_returns_equal_the_mixture_of_n_step_returns(seed: int, steps: in
                 total += weight * (1.0 if over else 1 - trace_value) * n_step
                 weight *= trace_value
                 if over:
+                    break
+            assert computed[start, row] == pytest.approx(total, abs=1e-9)
+
+
+def test_generalized_advantages_by_hand() -> None:
+    # gamma 0.9, lambda 0.5, V = 5, 6, 4, then 3. delta = 1 + 0.9*6 - 5, 0 + 0.9*4 - 6, 2 + 0.9*3 - 4 = 1.4, -2.4, 0.7.
+    # A2 = 0.7; A1 = -2.4 + 0.45*0.7 = -2.085; A0 = 1.4 + 0.45*-2.085 = 0.46175.
+    advantages = generalized_advantages(
+        column(1, 0, 2), column(0.9, 0.9, 0.9), column(0.5, 0.5, 0.5), column(5, 6, 4), column(6, 4, 3)
+    )
+    torch.testing.assert_close(advantages, column(0.46175, -2.085, 0.7))
+
+
+def test_advantages_end_with_the_episode() -> None:
+    # Step 0 terminates: 1 - 5. Step 1 is truncated in a state worth 10: 2 + 0.9*10 - 6, and nothing of step 2.
+    advantages = generalized_advantages(
+        column(1, 2, 2), column(0, 0.9, 0.9), column(0, 0, 0.5), column(5, 6, 4), column(7, 10, 3)
+    )
+    torch.testing.assert_close(advantages, column(-4, 5, 0.7))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 8), st.integers(1, 3))
+def test_advantages_are_discounted_sums_of_errors_and_lambda_returns_less_the_value(
+    seed: int, steps: int, copies: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    trace_value, gamma = generator.random(), generator.random()
+    rewards, last, values = generator.normal(size=(3, steps, copies))
+    terminated = generator.random((steps, copies)) < 0.2
+    truncated = ~terminated & (generator.random((steps, copies)) < 0.2)
+    successors = np.where(truncated, last, np.concatenate([values[1:], last[-1:]]))
+    discounts, traces = gamma * ~terminated, trace_value * ~(terminated | truncated)
+    arrays = [torch.tensor(array) for array in (rewards, discounts, traces, values, successors)]
+    computed = generalized_advantages(*arrays).numpy()
+    returns = lambda_returns(*arrays[:3], arrays[4]).numpy()
+    np.testing.assert_allclose(computed, returns - values, atol=1e-9)
+    for row in range(copies):
+        for start in range(steps):
+            total, weight = 0.0, 1.0
+            for t in range(start, steps):
+                bootstrap = 0.0 if terminated[t, row] else gamma * successors[t, row]
+                total += weight * (rewards[t, row] + bootstrap - values[t, row])
+                weight *= gamma * trace_value
+                if terminated[t, row] or truncated[t, row]:
                     break
             assert computed[start, row] == pytest.approx(total, abs=1e-9)
 

@@ -1,4 +1,4 @@
-"""DQN and PQN: exact resume, determinism, refusals; and that they learn (marker ``learning``)."""
+"""DQN, PQN and PPO: exact resume, determinism, refusals; and that they learn (marker ``learning``)."""
 
 from __future__ import annotations
 
@@ -37,6 +37,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "num_envs": 8,
         "rollout_length": 16,
         "minibatches": 4,
+        "network": SIZE,
+    },
+    "ppo": {
+        "algorithm": "ppo",
+        "env_steps": 2000,
+        "num_envs": 8,
+        "rollout_length": 16,
+        "minibatches": 4,
+        "critic": "separate",
+        "critic_warmup": 0.3,
         "network": SIZE,
     },
 }
@@ -95,7 +105,7 @@ def test_a_loss_that_is_not_finite_stops_with_a_reason(algorithm: str) -> None:
 
 
 def test_bad_settings_are_refused_before_any_work() -> None:
-    with pytest.raises(StillhouseError, match="allowed are dqn, pqn"):
+    with pytest.raises(StillhouseError, match="allowed are dqn, pqn, ppo"):
         make_learner({"algorithm": "sac"}, "cartpole", ENVIRONMENTS["cartpole"], 0)
     with pytest.raises(StillhouseError, match=r"cartpole.gamma.*less than or equal to 1.*1.5"):
         make_learner({"algorithm": "dqn", "gamma": 1.5}, "cartpole", ENVIRONMENTS["cartpole"], 0)

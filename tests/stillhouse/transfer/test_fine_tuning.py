@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,13 @@ import torch
 from stillhouse.agents import make_learner
 from stillhouse.checkpoint import load_state, save_state
 from stillhouse.envs.make import EnvironmentConfig
-from stillhouse.networks.multi_task import MultiTaskNetwork, NetworkSize, NetworkSpec, build_network
+from stillhouse.networks.multi_task import (
+    MultiTaskNetwork,
+    NetworkSize,
+    NetworkSpec,
+    build_network,
+    parameter_count,
+)
 from stillhouse.transfer.fine_tuning import FineTuneConfig, FineTuning, Mode, fit_head, target_network
 from stillhouse.types import EnvironmentSpec, ObservationSpec, OutputKind
 
@@ -50,6 +57,32 @@ def test_a_logits_student_gives_no_head() -> None:
         network, source, "adapters.vector_4.dense.weight"
     )
     assert not network.heads["longer"].weight.any()  # starts at 0, not from noise
+
+
+def test_a_policy_gradient_learner_takes_a_logits_students_policy_as_it_is() -> None:
+    source = student("logits")
+    network, report = target_network(source, "longer", CARTPOLE, "cartpole", 0, "full", "logits")
+    assert not report.new and not report.sliced and network.spec.output == "logits"
+    observations = torch.randn(7, 4)
+    torch.testing.assert_close(network(observations, "longer"), source(observations, "cartpole"))
+
+
+def test_q_values_are_never_taken_for_a_policy() -> None:
+    source = student("q_values")
+    network, report = target_network(source, "longer", CARTPOLE, "cartpole", 0, "full", "logits")
+    assert report.new == ["heads.longer.weight", "heads.longer.bias"]
+    assert same(network, source, "torso.dense.0.weight")
+    assert not network.heads["longer"].weight.any()  # the uniform policy
+
+
+def test_an_adapter_of_the_environments_own_is_taken_from_the_source() -> None:
+    planes = EnvironmentSpec(observation=ObservationSpec(kind="planes", shape=(10, 10, 4)), actions=6)
+    size = NetworkSize(conv_channels=4, features=16, share_planes=True)
+    source = build_network(NetworkSpec(size=size, environments={"breakout": planes}, output="logits"), 5)
+    network, report = target_network(source, "flipped", planes, "breakout", 0, "full", "logits")
+    assert not report.new and not report.sliced
+    observations = torch.rand(3, 10, 10, 4) < 0.5
+    torch.testing.assert_close(network(observations, "flipped"), source(observations, "breakout"))
 
 
 def test_other_spaces_keep_the_torso_only() -> None:
@@ -127,9 +160,20 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def fine_tuning(mode: Mode = "frozen") -> FineTuning:
-    network, report = target_network(student("q_values"), "longer", CARTPOLE, "cartpole", 0, mode)
-    learner = make_learner(SETTINGS, "longer", LONGER, 0, network=network)
+PPO_SETTINGS: dict[str, Any] = {
+    "algorithm": "ppo",
+    "env_steps": 2048,
+    "num_envs": 8,
+    "rollout_length": 16,
+    "minibatches": 4,
+    "critic_warmup": 0.25,
+}
+
+
+def fine_tuning(mode: Mode = "frozen", output: OutputKind = "q_values") -> FineTuning:
+    network, report = target_network(student(output), "longer", CARTPOLE, "cartpole", 0, mode, output)
+    settings = PPO_SETTINGS if output == "logits" else SETTINGS
+    learner = make_learner(settings, "longer", LONGER, 0, network=network)
     config = FineTuneConfig(frozen_fraction=0.5, evaluations=4, evaluation_episodes=3)
     frozen = [name for name in report.kept if not name.startswith("heads.")] if mode == "frozen" else []
     return FineTuning(config, learner, LONGER, 2048, frozen, 0)
@@ -148,6 +192,31 @@ def test_frozen_tensors_stay_for_their_part_of_the_budget_and_move_after() -> No
     assert not torch.equal(run.learner.parameters.values.detach()[where], start[where])
 
 
+def test_a_taken_policy_stands_still_while_its_critic_warms_up() -> None:
+    run = fine_tuning("full", "logits")
+    start = run.learner.parameters.values.detach().clone()
+    count = parameter_count(run.learner.network)
+    began = 0
+    for report in run.train():
+        values = run.learner.parameters.values
+        assert torch.equal(values[:count], start[:count]) == (began < 512)
+        began = report.done
+    assert run.curve[1][1] == run.curve[0][1]  # judged at a quarter of the budget: still the student
+
+
+def test_what_was_frozen_starts_with_a_fresh_optimiser() -> None:
+    run = fine_tuning()
+    frozen_steps = [0]
+    for report in run.train():
+        step = run.learner.parameters.get_state()["step"]
+        frozen_steps.append(step)
+        if report.done > 1024 + 128:
+            break
+    # The count grows while something is frozen, starts again from 0 once it is not, and goes on.
+    drops = [now for last, now in itertools.pairwise(frozen_steps) if now < last]
+    assert drops == [0]
+
+
 def test_judged_at_the_start_and_at_even_points_to_the_end() -> None:
     run = fine_tuning("full")
     list(run.train())
@@ -159,16 +228,17 @@ def test_judged_at_the_start_and_at_even_points_to_the_end() -> None:
     )
 
 
-def test_resumes_to_the_same_bytes(tmp_path: Path) -> None:
-    whole = fine_tuning()
+@pytest.mark.parametrize("output", ["q_values", "logits"])
+def test_resumes_to_the_same_bytes(tmp_path: Path, output: OutputKind) -> None:
+    whole = fine_tuning(output=output)
     reports = list(whole.train())
-    for stop in (2, len(reports) - 3):
-        interrupted = fine_tuning()
+    for stop in (2, len(reports) // 2 - 1, len(reports) // 2, len(reports) - 3):
+        interrupted = fine_tuning(output=output)
         for count, _ in enumerate(interrupted.train()):
             if count == stop:
                 break
         save_state(tmp_path / "state", interrupted.get_state())
-        resumed = fine_tuning()
+        resumed = fine_tuning(output=output)
         resumed.set_state(load_state(tmp_path / "state"))
         list(resumed.train())
         assert resumed.curve == whole.curve
