@@ -112,7 +112,8 @@ def target_network(
         for key, tensor in own.items():
             is_head = key.startswith("heads.")
             source_key = key
-            for part in ("heads", "adapters"):  # an adapter has an environment's name where planes share a body
+            # An adapter, too, has its environment's name where planes share a body.
+            for part in ("heads", "adapters"):
                 if key.startswith(f"{part}.{name}."):
                     source_key = key.replace(f"{part}.{name}.", f"{part}.{source}.", 1)
             usable = not is_head or student.spec.output == output
