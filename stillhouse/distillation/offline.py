@@ -19,6 +19,7 @@ Deviations from the paper:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import Field
@@ -44,20 +45,26 @@ class Distillation:
         datasets: one per environment, by the name its head shall have.
         seed: the stage's seed.
         device: torch device.
+        teachers: their networks, by the same names; only for ``feature_weight``.
 
     Attributes:
         training: the student's network, parameters and best weights.
 
     Raises:
         StillhouseError: weights for unknown environments, a budget too small for any network, a dataset of a
-            single episode, or MSE on teachers of different kinds.
+            single episode, MSE on teachers of different kinds, or a feature weight without teachers.
     """
 
     def __init__(
-        self, config: DistillationConfig, datasets: Mapping[str, LabelledData], seed: int, device: str = "cpu"
+        self,
+        config: DistillationConfig,
+        datasets: Mapping[str, LabelledData],
+        seed: int,
+        device: str = "cpu",
+        teachers: Mapping[str, MultiTaskNetwork] = MappingProxyType({}),
     ) -> None:
         self.config = config
-        self.training = StudentTraining(config, datasets, seed, device)
+        self.training = StudentTraining(config, datasets, seed, device, teachers)
 
     @property
     def updates(self) -> int:

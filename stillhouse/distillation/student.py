@@ -16,19 +16,28 @@ of thousands of updates to reach Q-values of a hundred.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from types import MappingProxyType
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator
-from torch import Tensor
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
+from torch.nn import functional
 
 from stillhouse import seeding
 from stillhouse.config import Config
 from stillhouse.errors import StillhouseError
-from stillhouse.losses.distillation import kl_loss, mse_loss, nll_loss
+from stillhouse.losses.distillation import (
+    action_gap_temperature,
+    constant_loss,
+    feature_loss,
+    kl_to_policy,
+    mse_loss,
+    teacher_log_policy,
+)
 from stillhouse.networks.multi_task import (
     MultiTaskNetwork,
     NetworkSize,
@@ -46,6 +55,12 @@ MAXIMUM_HOLDOUT_ROWS = 4096
 # Mean and deviation of the teacher's outputs are taken over at most so many rows, evenly spaced.
 _STATISTICS_ROWS = 65_536
 _EVALUATION_BATCH = 1024
+# Observations of several batches are gathered at once, up to about a processor's second-level cache.
+_GATHERED_BYTES = 2**20
+# A resting environment is woken when its agreement has fallen by more than measurements scatter.
+_WAKING_LOSS = 0.01
+# Nats, about 1 % of rows with another greedy action than all the others.
+_SMALLEST_CONSTANT_LOSS = 0.05
 
 
 class TeacherFacts(Protocol):
@@ -96,7 +111,22 @@ class StudentConfig(Config):
         le=1000,
         description="kl: divides the teacher's outputs; null: 0.01 for Q-values, 1 for logits",
     )
+    temperature_rule: Literal["fixed", "action_gap"] = Field(
+        default="fixed",
+        description="kl: action_gap gives every teacher of Q-values a temperature of its own, from greedy_odds",
+    )
+    greedy_odds: float = Field(
+        default=50.0,
+        gt=1,
+        le=1e9,
+        description="action_gap: in a state of mean action gap the teacher's best action is so many times as probable as its "
+        "second best",
+    )
     batch_size: int = Field(default=256, ge=1, le=65536, description="transitions per environment and update")
+    batch_shares: dict[str, float] = Field(
+        default_factory=dict,
+        description="an environment's batch as a multiple of batch_size, by name; 1 where none is given",
+    )
     updates: int = Field(default=20_000, ge=1, le=100_000_000)
     learning_rate: float = Field(default=1e-3, gt=0, le=1)
     linear_decay: bool = Field(default=True, description="let the learning rate fall to 0 over all updates")
@@ -115,10 +145,26 @@ class StudentConfig(Config):
     weights: dict[str, float] = Field(
         default_factory=dict, description="weight of an environment's loss, by name; 1 where none is given"
     )
-    normalise_mse: bool = Field(
+    normalise_loss: bool = Field(
         default=False,
-        description="mse: divide each environment's loss by the variance of its teacher's outputs, so that "
-        "large Q-values do not drown small ones",
+        description="divide each environment's loss by that of the best constant answer (mse: the variance of the teacher's "
+        "outputs), so that large Q-values do not drown small ones",
+    )
+    environment_patience: int = Field(
+        default=0,
+        ge=0,
+        le=1_000_000,
+        description="an environment whose held-out agreement has not grown for so many measurements rests until it falls: it "
+        "takes part in one of rest_interval updates; 0: never",
+    )
+    rest_interval: int = Field(
+        default=10, ge=1, le=10_000, description="updates from one of a resting environment to the next"
+    )
+    feature_weight: float = Field(
+        default=0.0,
+        ge=0,
+        le=1000,
+        description="weight of Actor-Mimic's feature regression, there 0.01; needs the teachers' networks",
     )
     size: NetworkSize = NetworkSize()
     parameter_fraction: float = Field(
@@ -129,12 +175,18 @@ class StudentConfig(Config):
         "0: as given",
     )
 
-    @field_validator("weights")
+    @field_validator("weights", "batch_shares")
     @classmethod
-    def _positive(cls, weights: dict[str, float]) -> dict[str, float]:
-        if not all(weight > 0 for weight in weights.values()):
-            raise ValueError("weights greater than 0 are allowed")
-        return weights
+    def _positive(cls, values: dict[str, float]) -> dict[str, float]:
+        if not all(value > 0 for value in values.values()):
+            raise ValueError("numbers greater than 0 are allowed")
+        return values
+
+    @model_validator(mode="after")
+    def _one_temperature(self) -> Self:
+        if self.temperature_rule == "action_gap" and self.temperature is not None:
+            raise ValueError("either a temperature or temperature_rule action_gap is allowed, not both")
+        return self
 
 
 @dataclass
@@ -144,16 +196,45 @@ class _Source:
     name: str
     data: LabelledData
     random: np.random.Generator
-    weight: float = 0.0  # share of the total loss, including the normalisation
-    temperature: float = 1.0
-    shift: float = 0.0  # mse: the student's outputs are shift + scale * head
-    scale: float = 1.0
-    measured: bool = False  # whether the teacher's outputs were, for temperature, shift and scale
+    batch_size: int
     rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint32))  # for training
     held_rows: np.ndarray = field(
         default_factory=lambda: np.zeros(0, np.uint32)
     )  # at most MAXIMUM_HOLDOUT_ROWS
     held_actions: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # the teacher's
+    # Of the teacher's outputs, once there are any:
+    measured: bool = False
+    weight: float = 0.0  # of the loss, including the normalisation
+    temperature: float = 1.0
+    shift: float = 0.0  # mse: the student's outputs are shift + scale * head
+    scale: float = 1.0
+    # How it stands:
+    loss: float = 0.0  # mean over the latest updates it took part in
+    best: float = -1.0  # agreement
+    since_best: int = 0  # measurements
+    resting: bool = False
+
+    def get_state(self) -> dict[str, Any]:
+        state = {name: getattr(self, name) for name in _SOURCE_STATE}
+        return {**state, "random": self.random.bit_generator.state}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        for name in _SOURCE_STATE:
+            setattr(self, name, state[name])
+        self.random.bit_generator.state = state["random"]
+
+
+_SOURCE_STATE = (
+    "measured",
+    "weight",
+    "temperature",
+    "shift",
+    "scale",
+    "loss",
+    "best",
+    "since_best",
+    "resting",
+)
 
 
 class StudentTraining:
@@ -164,6 +245,7 @@ class StudentTraining:
         data: one per environment, by the name its head shall have; may still be empty, see :meth:`grown`.
         seed: the stage's seed.
         device: torch device.
+        teachers: their networks, by the same names; only for ``feature_weight``.
 
     Attributes:
         network: the student; its weights change with every update.
@@ -172,13 +254,18 @@ class StudentTraining:
 
     Raises:
         StillhouseError: no data, weights for unknown environments, a budget too small for any network, a dataset of a
-            single episode, or MSE on teachers of different kinds.
+            single episode, MSE on teachers of different kinds, or a feature weight without teachers.
     """
 
     def __init__(
-        self, config: StudentConfig, data: Mapping[str, LabelledData], seed: int, device: str = "cpu"
+        self,
+        config: StudentConfig,
+        data: Mapping[str, LabelledData],
+        seed: int,
+        device: str = "cpu",
+        teachers: Mapping[str, MultiTaskNetwork] = MappingProxyType({}),
     ) -> None:
-        _check(config, data)
+        _check(config, data, teachers)
         self.config = config
         self.seed = seed
         self.device = device
@@ -194,12 +281,20 @@ class StudentTraining:
         self.network: MultiTaskNetwork = build_network(
             spec, seeding.derive(seed, "distillation", "weights")
         ).to(device)
-        self.parameters = FlatParameters(self.network, config.learning_rate)
+        self._teachers = dict(teachers) if config.feature_weight else {}
+        self._readers = self._build_readers()
+        self.parameters = FlatParameters(
+            self.network, config.learning_rate, beside={"readers": self._readers}
+        )
         self._sources = {
-            name: _Source(name, given, seeding.generator(seed, "distillation", "batches", name))
+            name: _Source(
+                name,
+                given,
+                seeding.generator(seed, "distillation", "batches", name),
+                max(1, round(config.batch_size * config.batch_shares.get(name, 1.0))),
+            )
             for name, given in data.items()
         }
-        self._gather_weights()
         for name in data:
             self.grown(name)
         self.best: dict[str, float] = {}
@@ -208,9 +303,13 @@ class StudentTraining:
 
     @property
     def finished(self) -> bool:
-        """All updates done, or agreement has stopped growing."""
+        """All updates done, or agreement has stopped growing, on average or in every single environment."""
         patience = self.config.patience
-        return self.updates >= self.config.updates or 0 < patience <= self._measurements_since_best
+        return (
+            self.updates >= self.config.updates
+            or 0 < patience <= self._measurements_since_best
+            or all(source.resting for source in self._sources.values())
+        )
 
     def grown(self, name: str) -> None:
         """Look at the data of ``name`` again: rows were added, or overwritten by more of the same teacher's."""
@@ -228,11 +327,16 @@ class StudentTraining:
         if not source.measured:
             self._measure_outputs(source)
 
-    def replace(self, name: str, data: LabelledData) -> None:
+    def replace(self, name: str, data: LabelledData, teacher: MultiTaskNetwork | None = None) -> None:
         """Learn ``name`` from other data from now on, for example of a teacher that has become better.
 
-        The student's outputs stay as they are; the measurements start anew, because agreement with another teacher cannot
-        be compared with what was best so far.
+        The student's outputs stay as they are; the measurements start anew, because agreement with another teacher
+        cannot be compared with what was best so far.
+
+        Args:
+            name: the environment.
+            data: the new data.
+            teacher: its network, where ``feature_weight`` is set.
 
         Raises:
             StillhouseError: another environment or kind of outputs than before.
@@ -244,59 +348,80 @@ class StudentTraining:
                 f"{name}: new data must have the spaces and the kind of outputs of the old; {after.environment} with "
                 f"{after.output} was given, {before.environment} with {before.output} is allowed"
             )
+        if self.config.feature_weight:
+            _check_teachers(self.config, [name], {} if teacher is None else {name: teacher})
+            assert teacher is not None
+            self._teachers[name] = teacher
         source.data, source.measured = data, False
+        source.best, source.since_best, source.resting = -1.0, 0, False
         self.grown(name)
         self.best = {}
         self._best_weights = None
         self._measurements_since_best = 0
 
-    def update(self, count: int) -> np.ndarray:
-        """``count`` updates on fresh batches, drawn with replacement; the environments' mean losses, float64 [E].
+    def update(self, count: int) -> dict[str, float]:
+        """``count`` updates on fresh batches, drawn with replacement; the environments' mean losses.
 
         Raises:
             StillhouseError: an environment without data, or a loss or weight that is not finite.
         """
         if empty := [source.name for source in self._sources.values() if not len(source.rows)]:
             raise StillhouseError(f"{', '.join(empty)}: no transition to learn from yet; collect some first")
-        sums = torch.zeros(len(self._sources), dtype=torch.float64, device=self.device)
+        losses: dict[str, list[Tensor]] = {name: [] for name in self._sources}
+        batches = {name: self._batches(source, count) for name, source in self._sources.items()}
         for _ in range(count):
-            sums += self.descend([self._loss(source) for source in self._sources.values()])
-        losses: np.ndarray = (sums / count).cpu().numpy()
-        if not np.isfinite(losses).all() or not self.parameters.values.isfinite().all():
+            batch_losses = {
+                name: self._loss(source, *next(batches[name])) for name, source in self._active().items()
+            }
+            self.descend(batch_losses)
+            for name, loss in batch_losses.items():
+                losses[name].append(loss.detach())
+        for name, values in losses.items():
+            if values:
+                self._sources[name].loss = float(torch.stack(values).double().mean())
+        means = {name: source.loss for name, source in self._sources.items()}
+        if not all(map(math.isfinite, means.values())) or not self.parameters.values.isfinite().all():
             raise StillhouseError(
                 f"the {self.config.loss} loss or a weight is not finite after {self.updates} updates; no "
                 f"result is written; lower learning_rate ({self.config.learning_rate:g})"
             )
-        return losses
+        return means
 
-    def descend(self, losses: Sequence[Tensor]) -> Tensor:
-        """One update on given losses, a scalar per environment in the order of the data; the losses, detached [E]."""
+    def descend(self, losses: Mapping[str, Tensor]) -> None:
+        """One update on given losses, a scalar per environment that takes part."""
         config = self.config
-        stacked = torch.stack(list(losses))
         self.parameters.zero_gradient()
-        (stacked @ self._weights).backward()
+        shares = self._shares()
+        # The same as the gradient of the weighted sum, without the operations that make the sum.
+        torch.autograd.backward(
+            list(losses.values()), [loss.new_tensor(shares[name]) for name, loss in losses.items()]
+        )
         decay = 1 - self.updates / config.updates if config.linear_decay else 1.0
         self.parameters.step(config.learning_rate * max(0.0, decay))
         self.updates += 1
-        return stacked.detach()
 
-    def measure(self, losses: np.ndarray) -> dict[str, float]:
+    def measure(self, losses: Mapping[str, float]) -> dict[str, float]:
         """Agreement on held-out rows now; kept as the best where it is.
 
         Args:
-            losses: of the environments since the last measurement, [E]: see :meth:`update`.
+            losses: of the environments since the last measurement: see :meth:`update`.
 
         Returns:
             ``loss/distill`` (weighted), ``loss/<environment>`` and, where rows are held out, ``agreement/<environment>``
-            and their mean ``eval/agreement``. Without any held-out row the latest measurement is the best one.
+            and their mean ``eval/agreement``. Without any held-out row the latest measurement is the best one. With
+            ``environment_patience`` also ``resting/<environment>``, 0 or 1.
         """
-        metrics = {"loss/distill": float(self._weights.double().cpu().numpy() @ losses)}
+        shares = self._shares()
+        metrics = {"loss/distill": sum(shares[name] * loss for name, loss in losses.items())}
         agreements = []
-        for source, loss in zip(self._sources.values(), losses, strict=True):
-            metrics[f"loss/{source.name}"] = float(loss)
+        for name, source in self._sources.items():
+            metrics[f"loss/{name}"] = losses[name]
             if len(source.held_rows):
                 agreements.append(self._agreement(source))
-                metrics[f"agreement/{source.name}"] = agreements[-1]
+                metrics[f"agreement/{name}"] = agreements[-1]
+                if self.config.environment_patience:
+                    self._rest_or_wake(source, agreements[-1])
+                    metrics[f"resting/{name}"] = float(source.resting)
         if agreements:
             metrics["eval/agreement"] = sum(agreements) / len(agreements)
         if not agreements or metrics["eval/agreement"] > self.best.get("eval/agreement", -1.0):
@@ -317,8 +442,9 @@ class StudentTraining:
         if weights is None:
             raise StillhouseError("the student has not been trained yet")
         student = MultiTaskNetwork(self.network.spec).to(self.device)
+        weights = weights[: parameter_count(student)].clone()  # what follows was trained beside the network
         with torch.no_grad():
-            torch.nn.utils.vector_to_parameters(weights.clone(), student.parameters())
+            torch.nn.utils.vector_to_parameters(weights, student.parameters())
             for source in self._sources.values():
                 head: Any = student.heads[source.name]
                 head.weight.mul_(source.scale)
@@ -330,11 +456,7 @@ class StudentTraining:
         return {
             "updates": self.updates,
             "parameters": self.parameters.get_state(),
-            "random": {name: source.random.bit_generator.state for name, source in self._sources.items()},
-            "outputs": {
-                name: [source.weight, source.temperature, source.shift, source.scale, source.measured]
-                for name, source in self._sources.items()
-            },
+            "sources": {name: source.get_state() for name, source in self._sources.items()},
             "best": [[name, value] for name, value in self.best.items()],
             "best_weights": self._best_weights,
             "measurements_since_best": self._measurements_since_best,
@@ -345,33 +467,52 @@ class StudentTraining:
         self.updates = state["updates"]
         self.parameters.set_state(state["parameters"])
         for name, source in self._sources.items():
-            source.random.bit_generator.state = state["random"][name]
-            source.weight, source.temperature, source.shift, source.scale, source.measured = state["outputs"][
-                name
-            ]
+            source.set_state(state["sources"][name])
             self.grown(name)
-        self._gather_weights()
         self.best = dict(state["best"])
         best = state["best_weights"]
         self._best_weights = None if best is None else torch.as_tensor(best).to(self.device, copy=True)
         self._measurements_since_best = state["measurements_since_best"]
 
+    def _shares(self) -> dict[str, float]:
+        """Each environment's weight over the sum of the weights that were asked for."""
+        total = sum(self.config.weights.get(name, 1.0) for name in self._sources)
+        return {name: source.weight / total for name, source in self._sources.items()}
+
+    def _active(self) -> dict[str, _Source]:
+        """The environments that take part in the next update."""
+        if self.updates % self.config.rest_interval == 0:
+            return self._sources
+        awake = {name: source for name, source in self._sources.items() if not source.resting}
+        return awake or self._sources
+
+    def _rest_or_wake(self, source: _Source, agreement: float) -> None:
+        if agreement > source.best:
+            source.best, source.since_best = agreement, 0
+        else:
+            source.since_best += 1
+        if source.resting:
+            source.resting = agreement >= source.best - _WAKING_LOSS
+            source.since_best = 0 if not source.resting else source.since_best
+        else:
+            source.resting = source.since_best >= self.config.environment_patience
+
     def _measure_outputs(self, source: _Source) -> None:
         """Temperature, weight and, for MSE, the outputs' scale from the teacher's own outputs."""
         config = self.config
-        source.temperature = config.temperature or DEFAULT_TEMPERATURE[source.data.schema.output]
+        count = len(source.data)
+        rows = np.linspace(0, count - 1, min(count, _STATISTICS_ROWS)).astype(np.int64)
+        outputs = torch.from_numpy(source.data.outputs(rows))
+        source.temperature = _temperature(config, source.name, source.data.schema)
         source.weight = config.weights.get(source.name, 1.0)
+        if config.normalise_loss:
+            constant = constant_loss(config.loss, outputs, source.temperature)
+            # A teacher that nearly always answers the same must not be weighted without limit for its exceptions.
+            source.weight /= max(constant, 0.0 if config.loss == "mse" else _SMALLEST_CONSTANT_LOSS) or 1.0
         if config.loss == "mse":
-            count = len(source.data)
-            outputs = source.data.outputs(
-                np.linspace(0, count - 1, min(count, _STATISTICS_ROWS)).astype(np.int64)
-            )
-            shift, scale = float(outputs.mean(dtype=np.float64)), float(outputs.std(dtype=np.float64)) or 1.0
-            self._rescale(source, shift, scale)
-            if config.normalise_mse:
-                source.weight /= scale**2
+            spread = outputs.double()
+            self._rescale(source, float(spread.mean()), float(spread.std(correction=0)) or 1.0)
         source.measured = True
-        self._gather_weights()
 
     def _rescale(self, source: _Source, shift: float, scale: float) -> None:
         """Change shift and scale; after any update the outputs stay as they are (fresh ones start standardised)."""
@@ -382,33 +523,76 @@ class StudentTraining:
                 head.bias.mul_(source.scale / scale).add_((source.shift - shift) / scale)
         source.shift, source.scale = shift, scale
 
-    def _gather_weights(self) -> None:
-        total = sum(self.config.weights.get(name, 1.0) for name in self._sources)
-        weights = [source.weight / total for source in self._sources.values()]
-        self._weights = torch.tensor(weights, device=self.device)
+    def _build_readers(self) -> nn.ModuleDict:
+        """The linear layers that read each teacher's features off the student's; no part of the student."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seeding.derive(self.seed, "distillation", "feature readers"))
+            readers = {
+                name: nn.Linear(self.network.torso.outputs, teacher.torso.outputs)
+                for name, teacher in self._teachers.items()
+            }
+        return nn.ModuleDict(readers).to(self.device)
 
-    def _loss(self, source: _Source) -> Tensor:
-        """The loss of a fresh batch, drawn with replacement; a scalar."""
-        rows = source.rows[source.random.integers(len(source.rows), size=self.config.batch_size)]
-        student = self._outputs(source, rows)  # [B, A]
-        teacher = torch.from_numpy(source.data.outputs(rows)).to(self.device)
+    def _batches(self, source: _Source, count: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """At most ``count`` batches, drawn with replacement: observations ``[B, ...]``, the loss's target and the
+        teacher's features ``[B, F]``.
+
+        Several batches are gathered at once, as far as they stay in the processor's cache: on small networks the fixed
+        cost of an operation counts for more than its work.
+        """
+        size = source.batch_size
+        observation = source.data.schema.environment.observation
+        row_bytes = math.prod(observation.stored_shape) * observation.dtype.itemsize
+        while count:
+            together = min(count, max(1, _GATHERED_BYTES // (size * max(1, row_bytes))))
+            rows = source.rows[source.random.integers(len(source.rows), size=together * size)]
+            observations = torch.from_numpy(source.data.observations(rows)).to(self.device)
+            target = self._target(source, torch.from_numpy(source.data.outputs(rows)).to(self.device))
+            features = self._teacher_features(source.name, observations)
+            for start in range(0, together * size, size):
+                batch = slice(start, start + size)
+                yield observations[batch], target[batch], None if features is None else features[batch]
+            count -= together
+
+    def _target(self, source: _Source, teacher: Tensor) -> Tensor:
+        """What the loss compares with, from the teacher's outputs ``[B, A]``."""
         if self.config.loss == "kl":
-            return kl_loss(student, teacher, source.temperature)
+            return teacher_log_policy(teacher, source.temperature)
         if self.config.loss == "nll":
-            return nll_loss(student, teacher)
-        return mse_loss(student * source.scale + source.shift, teacher)
+            return teacher.argmax(1)
+        return teacher
 
-    def _outputs(self, source: _Source, rows: np.ndarray) -> Tensor:
-        observations = torch.from_numpy(source.data.observations(rows)).to(self.device)
-        outputs: Tensor = self.network(observations, source.name)
-        return outputs
+    @torch.no_grad()
+    def _teacher_features(self, name: str, observations: Tensor) -> Tensor | None:
+        if not self.config.feature_weight:
+            return None
+        teacher = self._teachers[name]
+        (head,) = teacher.spec.environments  # a teacher knows its environment by its own name
+        return teacher.features(observations, head)
+
+    def _loss(
+        self, source: _Source, observations: Tensor, target: Tensor, teacher_features: Tensor | None
+    ) -> Tensor:
+        features = self.network.features(observations, source.name)
+        student = self.network.heads[source.name](features)  # [B, A]
+        if self.config.loss == "kl":
+            loss = kl_to_policy(student, target)
+        elif self.config.loss == "nll":
+            loss = functional.cross_entropy(student, target)
+        else:
+            loss = mse_loss(student * source.scale + source.shift, target)
+        if teacher_features is not None:
+            predicted = self._readers[source.name](features)
+            loss = loss + self.config.feature_weight * feature_loss(predicted, teacher_features)
+        return loss
 
     @torch.inference_mode()
     def _agreement(self, source: _Source) -> float:
-        chosen = [
-            self._outputs(source, source.held_rows[start : start + _EVALUATION_BATCH]).argmax(1)
-            for start in range(0, len(source.held_rows), _EVALUATION_BATCH)
-        ]
+        chosen = []
+        for start in range(0, len(source.held_rows), _EVALUATION_BATCH):
+            rows = source.held_rows[start : start + _EVALUATION_BATCH]
+            observations = torch.from_numpy(source.data.observations(rows)).to(self.device)
+            chosen.append(self.network(observations, source.name).argmax(1))
         return float((torch.cat(chosen) == source.held_actions).double().mean())
 
 
@@ -428,6 +612,7 @@ def size_for_budget(
         return size.model_copy(
             update={
                 "conv_channels": width(size.conv_channels, 1024),
+                "second_conv_channels": size.second_conv_channels and width(size.second_conv_channels, 1024),
                 "features": width(size.features, 8192),
                 "torso": tuple(width(given, 8192) for given in size.torso),
             }
@@ -470,11 +655,37 @@ def _output_kind(config: StudentConfig, data: Mapping[str, LabelledData]) -> Out
     return kinds.pop()
 
 
-def _check(config: StudentConfig, data: Mapping[str, LabelledData]) -> None:
+def _temperature(config: StudentConfig, name: str, teacher: TeacherFacts) -> float:
+    if config.temperature_rule == "fixed" or teacher.output == "logits" or teacher.environment.actions == 1:
+        return config.temperature or DEFAULT_TEMPERATURE[teacher.output]
+    if not teacher.mean_action_gap > 0:
+        raise StillhouseError(
+            f"{name}: temperature_rule action_gap was given, but its teacher prefers no action anywhere (mean action gap "
+            f"{teacher.mean_action_gap:g}); train that teacher longer, or use the rule fixed"
+        )
+    return action_gap_temperature(teacher.mean_action_gap, config.greedy_odds)
+
+
+def _check(
+    config: StudentConfig, data: Mapping[str, LabelledData], teachers: Mapping[str, MultiTaskNetwork]
+) -> None:
     if not data:
         raise StillhouseError("distillation needs at least one dataset")
-    if unknown := sorted(set(config.weights) - set(data)):
+    for field_name in ("weights", "batch_shares"):
+        if unknown := sorted(set(getattr(config, field_name)) - set(data)):
+            raise StillhouseError(
+                f"{field_name}: {', '.join(unknown)} is not among the student's environments; allowed are "
+                + ", ".join(data)
+            )
+    _check_teachers(config, list(data), teachers)
+
+
+def _check_teachers(
+    config: StudentConfig, names: list[str], teachers: Mapping[str, MultiTaskNetwork]
+) -> None:
+    missing = [name for name in names if name not in teachers]
+    if config.feature_weight and missing:
         raise StillhouseError(
-            f"weights: {', '.join(unknown)} is not among the student's environments; allowed are "
-            + ", ".join(data)
+            f"feature_weight {config.feature_weight:g} needs the teachers' networks, but none was given for "
+            f"{', '.join(missing)}; give them, or set feature_weight to 0"
         )

@@ -17,6 +17,8 @@ with ``nll_loss`` and ``kl_loss``.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -62,8 +64,61 @@ def kl_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     Returns:
         The mean over the batch, a scalar.
     """
-    log_teacher = teacher_log_policy(teacher, temperature)
-    return (log_teacher.exp() * (log_teacher - functional.log_softmax(student, 1))).sum(1).mean()
+    return kl_to_policy(student, teacher_log_policy(teacher, temperature))
+
+
+def kl_to_policy(student: Tensor, log_teacher: Tensor) -> Tensor:
+    """:func:`kl_loss` for a teacher's policy that is known already.
+
+    Args:
+        student: outputs ``[B, A]``.
+        log_teacher: :func:`teacher_log_policy`, ``[B, A]``.
+
+    Returns:
+        The mean over the batch, a scalar.
+    """
+    log_student = functional.log_softmax(student, 1)
+    return functional.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+
+
+def feature_loss(predicted: Tensor, teacher: Tensor) -> Tensor:
+    """``||f(h_s) - h_t||^2``: Actor-Mimic's feature regression (Parisotto et al. 2015,
+    https://arxiv.org/abs/1511.06342), summed over the features.
+
+    Args:
+        predicted: the teacher's features as a linear layer ``f`` reads them off the student's, ``[B, F]``.
+        teacher: the teacher's features, ``[B, F]``.
+
+    Returns:
+        The mean over the batch, a scalar.
+    """
+    return (predicted - teacher.detach()).square().sum(1).mean()
+
+
+def action_gap_temperature(mean_action_gap: float, greedy_odds: float) -> float:
+    """The temperature at which a state of mean action gap prefers its best action by ``greedy_odds`` to one over its
+    second best: ``tau = gap / log(odds)``.
+
+    Q-values grow with the rewards' scale and with training, and what a given tau makes of them grows along; odds do not.
+    """
+    return mean_action_gap / math.log(greedy_odds)
+
+
+def constant_loss(loss: str, teacher: Tensor, temperature: float) -> float:
+    """The loss of the best answer that does not look at the observation, over ``[N, A]`` outputs: what a student starts
+    from, whatever the outputs' scale.
+
+    For ``mse`` the variance of the outputs, summed over the actions; for ``nll`` the entropy of the share of rows in
+    which each action is the greedy one; for ``kl`` the entropy of the mean policy less the policies' mean entropy.
+    """
+    if loss == "mse":
+        return float(teacher.double().var(0, correction=0).sum())
+    if loss == "nll":
+        policy = functional.one_hot(teacher.argmax(1), teacher.shape[1]).double()
+    else:
+        policy = teacher_log_policy(teacher.double(), temperature).exp()
+    mean_entropy = torch.special.entr(policy).sum(1).mean()
+    return float(torch.special.entr(policy.mean(0)).sum() - mean_entropy)
 
 
 def teacher_log_policy(teacher: Tensor, temperature: float) -> Tensor:

@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stillhouse.losses.distillation import kl_loss, mse_loss, nll_loss, teacher_log_policy
+from stillhouse.losses.distillation import (
+    action_gap_temperature,
+    constant_loss,
+    feature_loss,
+    kl_loss,
+    kl_to_policy,
+    mse_loss,
+    nll_loss,
+    teacher_log_policy,
+)
 
 LOSSES = {"nll": nll_loss, "mse": mse_loss, "kl": lambda student, teacher: kl_loss(student, teacher, 0.7)}
 losses = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
@@ -116,3 +125,51 @@ def test_kl_properties(seed: int, actions: int, temperature: float) -> None:
     (gradient,) = torch.autograd.grad(loss, student)
     expected = (student.softmax(1) - (teacher / temperature).softmax(1)) / 7
     torch.testing.assert_close(gradient, expected.detach(), atol=1e-9, rtol=1e-6)
+
+
+def test_the_feature_loss_by_hand() -> None:
+    predicted = torch.tensor([[1.0, 2.0, 0.0], [0.0, 0.0, 0.0]])
+    teacher = torch.tensor([[0.0, 0.0, 0.0], [3.0, 0.0, -1.0]])
+    # 1 + 4 and 9 + 1: summed over the features, averaged over the samples.
+    assert feature_loss(predicted, teacher).item() == pytest.approx(7.5)
+
+
+def test_the_temperature_of_an_action_gap() -> None:
+    tau = action_gap_temperature(0.3, 50)
+    policy = teacher_log_policy(torch.tensor([[1.0, 1.3, -5.0]]), tau).exp()[0]
+    assert (policy[1] / policy[0]).item() == pytest.approx(50, rel=1e-4)
+
+
+def test_constant_losses_by_hand() -> None:
+    teacher = torch.tensor([[0.0, 4.0], [2.0, 0.0], [0.0, 4.0], [2.0, 0.0]])
+    assert constant_loss("mse", teacher, 1.0) == pytest.approx(1 + 4)
+    assert constant_loss("nll", teacher, 1.0) == pytest.approx(math.log(2))
+    # softmax(ln 3, 0) = (3/4, 1/4), half the time the other way round: the mean policy is (1/2, 1/2).
+    teacher = torch.tensor([[math.log(3.0), 0.0], [0.0, math.log(3.0)]]) * 0.1
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert constant_loss("kl", teacher, 0.1) == pytest.approx(math.log(2) - entropy)
+    assert constant_loss("kl", teacher[:1].repeat(3, 1), 0.1) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("loss", ["mse", "nll", "kl"])
+def test_no_constant_answer_is_better_than_the_constant_loss(loss: str) -> None:
+    _, teacher = pair(3, 500, 4)
+    best = constant_loss(loss, teacher, 0.7)
+    answer = torch.zeros(1, 4, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([answer], max_iter=200, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = LOSSES[loss](answer.expand(500, 4), teacher)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    assert closure().item() == pytest.approx(best, rel=1e-5)
+
+
+def test_a_known_policy_gives_the_same_kl() -> None:
+    student, teacher = pair(2, 9, 3)
+    torch.testing.assert_close(
+        kl_to_policy(student, teacher_log_policy(teacher, 0.1)), kl_loss(student, teacher, 0.1)
+    )
