@@ -43,6 +43,12 @@ class CollectConfig(Config):
         default=NO_MINIMUM,
         description="a teacher whose mean return is below this is weak, and collecting stops",
     )
+    maximum_bytes: int = Field(
+        default=2_000_000_000,
+        ge=1,
+        le=10**15,
+        description="a dataset that would take more is refused before any step is played",
+    )
     allow_weak_teacher: bool = Field(default=False, description="collect from a weak teacher all the same")
 
 
@@ -83,7 +89,8 @@ def collect(
         episodes that ended so far.
 
     Raises:
-        StillhouseError: a weak teacher, outputs that are not finite, or too little space on the disk.
+        StillhouseError: a weak teacher, outputs that are not finite, a dataset of more than ``maximum_bytes``, or too
+            little space on the disk.
     """
     if teacher.mean_return is not None:
         _check_return(teacher.mean_return, "its greedy validation episodes", config)
@@ -91,6 +98,12 @@ def collect(
     spec = envs.spec
     size = row_bytes(spec) * config.transitions
     yield Report(0, config.transitions, {"dataset/bytes": float(size)})
+    if size > config.maximum_bytes:
+        raise StillhouseError(
+            f"{path}: the dataset takes {size / 1e6:.0f} MB ({config.transitions} transitions of {row_bytes(spec)} bytes), and "
+            f"maximum_bytes allows {config.maximum_bytes / 1e6:.0f} MB; raise maximum_bytes, or lower transitions to "
+            f"{config.maximum_bytes // row_bytes(spec)}"
+        )
     random = seeding.generator(seed, "collect", "epsilon")
     path.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(path.parent).free

@@ -37,12 +37,16 @@ class Dataset:
         self.episodes = np.concatenate([shard["episodes"] for shard in self._shards])
 
     @classmethod
-    def open(cls, path: Path) -> Dataset:
+    def open(cls, path: Path, teacher: str = "") -> Dataset:
         """Verify a dataset folder and map it.
 
+        Args:
+            path: the folder.
+            teacher: digest of the checkpoint whose play it must hold; "" accepts any teacher's.
+
         Raises:
-            StillhouseError: a file is missing, truncated or changed (named), another version's schema, or no
-                transition.
+            StillhouseError: a file is missing, truncated or changed (named), another version's schema, no
+                transition, or another teacher's.
         """
         check_folder(path)
         try:
@@ -55,6 +59,11 @@ class Dataset:
         if schema.transitions == 0:
             raise StillhouseError(
                 f"{path}: the dataset is empty (0 transitions); collect at least one episode"
+            )
+        if teacher and schema.teacher != teacher:
+            raise StillhouseError(
+                f"{path}: played by the teacher {schema.teacher[:12]}, but the checkpoint named is {teacher[:12]}; collect "
+                f"the dataset again, or name the checkpoint it was collected from"
             )
         return cls(path, schema)
 
@@ -85,7 +94,7 @@ class Dataset:
         return np.flatnonzero(self.episodes == episode)
 
     def split(self, holdout_fraction: float, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Rows for training and rows held out; no episode has rows in both.
+        """Rows for training and rows held out, uint32; no episode has rows in both.
 
         Whole episodes are held out in random order until they hold at least ``holdout_fraction`` of the rows;
         one is always held out and one always left.
@@ -93,18 +102,19 @@ class Dataset:
         Raises:
             StillhouseError: the dataset has a single episode.
         """
-        numbers, row_episode, lengths = np.unique(self.episodes, return_inverse=True, return_counts=True)
+        lengths = np.bincount(self.episodes)  # by episode, 0 where a number is not used
+        numbers = np.flatnonzero(lengths)
         if len(numbers) < 2:
             raise StillhouseError(
                 f"{self.path}: only one episode, and held-out data is held out by episode; collect more "
                 f"transitions"
             )
         order = generator.permutation(len(numbers))
-        enough = np.searchsorted(np.cumsum(lengths[order]), holdout_fraction * len(self)) + 1
-        held = np.zeros(len(numbers), np.bool_)
-        held[order[: min(int(enough), len(numbers) - 1)]] = True
-        held_rows = held[row_episode]
-        return np.flatnonzero(~held_rows), np.flatnonzero(held_rows)
+        enough = np.searchsorted(np.cumsum(lengths[numbers[order]]), holdout_fraction * len(self)) + 1
+        held = np.zeros(len(lengths), np.bool_)
+        held[numbers[order[: min(int(enough), len(numbers) - 1)]]] = True
+        held_rows = held[self.episodes]
+        return np.flatnonzero(~held_rows).astype(np.uint32), np.flatnonzero(held_rows).astype(np.uint32)
 
     def _gather(self, name: str, rows: np.ndarray) -> np.ndarray:
         if len(self._shards) == 1:

@@ -88,9 +88,9 @@ class LabelledBuffer:
         return self._columns["outputs"].take(rows, axis=0)
 
     def split(self, holdout_fraction: float, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Rows for training and rows held out, as they were appended; the arguments are a dataset's."""
+        """Rows for training and rows held out, uint32, as they were appended; the arguments are a dataset's."""
         held = self._columns["held_out"][: self._filled]
-        return np.flatnonzero(~held), np.flatnonzero(held)
+        return np.flatnonzero(~held).astype(np.uint32), np.flatnonzero(held).astype(np.uint32)
 
     def get_state(self) -> dict[str, Any]:
         """The rows and where the next one goes."""

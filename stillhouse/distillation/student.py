@@ -95,7 +95,7 @@ class LabelledData(Protocol):
         ...
 
     def split(self, holdout_fraction: float, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Rows for training and rows held out, both sorted; the second may be empty."""
+        """Rows for training and rows held out, both uint32 and sorted; the second may be empty."""
         ...
 
 
@@ -322,7 +322,7 @@ class StudentTraining:
         if len(held) > MAXIMUM_HOLDOUT_ROWS:
             choice = seeding.generator(self.seed, "distillation", "holdout rows", name)
             held = np.sort(choice.choice(held, MAXIMUM_HOLDOUT_ROWS, replace=False))
-        source.rows, source.held_rows = rows.astype(np.uint32), held.astype(np.uint32)
+        source.rows, source.held_rows = rows, held
         source.held_actions = torch.from_numpy(source.data.outputs(held)).argmax(1).to(self.device)
         if not source.measured:
             self._measure_outputs(source)

@@ -168,7 +168,24 @@ def test_more_than_the_disk_holds_is_refused_before_playing(tmp_path: Path, monk
         run(tmp_path / "data")
 
 
-@pytest.mark.parametrize("field", ["epsilon", "transitions", "num_envs"])
+def test_more_than_the_limit_is_announced_and_refused_before_playing(tmp_path: Path) -> None:
+    def policy(observations: np.ndarray) -> np.ndarray:
+        raise AssertionError
+
+    teacher = Teacher(policy, "q_values", "d" * 64, 10)
+    reports = collect(
+        teacher, COUNTER, CollectConfig(transitions=500, maximum_bytes=5000), 0, tmp_path / "data"
+    )
+    assert next(reports).metrics["dataset/bytes"] == 500 * 27
+    # A row: two float32, two outputs, action, reward, two flags, episode: 8 + 8 + 1 + 4 + 2 + 4 bytes.
+    with pytest.raises(StillhouseError, match=r"500 transitions of 27 bytes.*maximum_bytes.*lower.*to 185$"):
+        next(reports)
+    assert list(tmp_path.iterdir()) == []
+    run(tmp_path / "data", transitions=185, num_envs=1, maximum_bytes=5000)
+    run(tmp_path / "data", maximum_bytes=500 * 27)
+
+
+@pytest.mark.parametrize("field", ["maximum_bytes", "epsilon", "transitions", "num_envs"])
 def test_numbers_out_of_bounds_are_named(field: str) -> None:
     with pytest.raises(StillhouseError, match=f"collect_dataset.x.{field}.*-1"):
         parse(CollectConfig, {field: -1}, "collect_dataset.x")

@@ -141,6 +141,7 @@ def test_no_episode_is_on_both_sides_of_the_split(
     assert not set(dataset.episodes[train]) & set(dataset.episodes[held])
     assert len(train)
     assert len(held)
+    assert train.dtype == held.dtype == np.uint32
     again = dataset.split(fraction, np.random.default_rng(seed))
     np.testing.assert_array_equal(again[1], held)
 
@@ -188,6 +189,13 @@ def test_a_schema_that_does_not_fit_is_refused(
         write_json(folder / SCHEMA_FILE, {**schema, **change})
     with pytest.raises(StillhouseError, match=message):
         Dataset.open(tmp_path / "other")
+
+
+def test_another_teachers_dataset_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "data", SPECS["vector"], steps=20, copies=2)
+    Dataset.open(tmp_path / "data", teacher="0" * 64)
+    with pytest.raises(StillhouseError, match=r"data: played by the teacher 0{12}, but .* named is a{12};"):
+        Dataset.open(tmp_path / "data", teacher="a" * 64)
 
 
 def test_a_folder_without_a_manifest_is_no_dataset(tmp_path: Path) -> None:
