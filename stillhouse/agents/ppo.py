@@ -255,15 +255,16 @@ class PPO:
         actions = torch.from_numpy(self._rollout_actions).flatten().to(self.device)
         logits = torch.from_numpy(self._rollout_logits).flatten(0, 1).to(self.device)
         log_mu = torch.log_softmax(logits, 1).gather(1, actions.unsqueeze(1)).squeeze(1)
-        columns = (observations, actions, log_mu, advantages.flatten(), advantages.flatten() + values)
+        columns = (observations, actions, log_mu, advantages.flatten() + values, advantages.flatten())
         valid = torch.from_numpy(np.flatnonzero(self._rollout_valid))
         size = max(1, len(valid) // config.minibatches)
         count = min(config.minibatches, len(valid))
         parts: list[ClippedLoss] = []
         for _ in range(config.epochs):
             order = valid[torch.randperm(len(valid), generator=self._shuffling)][: size * count]
-            shuffled = [column[order.to(self.device)].split(size) for column in columns]
-            for minibatch in zip(*shuffled, strict=True):
+            *shuffled, chosen = (column[order.to(self.device)] for column in columns)
+            shuffled.append(normalise(chosen.view(count, size)).flatten())
+            for minibatch in zip(*(column.split(size) for column in shuffled), strict=True):
                 parts.append(self._update(minibatch, learning_rate))
         metrics = _metrics(parts, config.epochs, config.clip_range)
         metrics["rollout/value"] = float(values.mean())
@@ -271,7 +272,7 @@ class PPO:
 
     def _update(self, minibatch: tuple[Tensor, ...], learning_rate: float) -> ClippedLoss:
         config = self.config
-        observations, actions, log_mu, advantages, returns = minibatch
+        observations, actions, log_mu, returns, advantages = minibatch
         features = self.network.features(observations, self.environment)
         logits = self.network.heads[self.environment](features)
         values = self._value(observations, features.detach() if self._warming else features)
@@ -280,7 +281,7 @@ class PPO:
             values.squeeze(1),
             actions,
             log_mu,
-            normalise(advantages),
+            advantages,
             returns,
             config.clip_range,
             config.value_coefficient,

@@ -87,6 +87,6 @@ def clipped_loss(
 
 
 def normalise(advantages: Tensor) -> Tensor:
-    """Advantages [B] with mean 0 and standard deviation 1 within the batch; all 0 where there is one only."""
-    centred = advantages - advantages.mean()
-    return centred / (centred.square().mean().sqrt() + 1e-8)
+    """Advantages with mean 0 and standard deviation 1 in each row of [K, B]; all 0 where there is one only."""
+    centred = advantages - advantages.mean(1, keepdim=True)
+    return centred / (centred.square().mean(1, keepdim=True).sqrt() + 1e-8)

@@ -99,7 +99,9 @@ def test_nothing_flows_into_the_data() -> None:
     assert not any(part.requires_grad for part in loss_of(*rows))
 
 
-def test_advantages_are_normalised_and_a_single_one_is_0() -> None:
-    normalised = normalise(torch.tensor([1.0, 2.0, 3.0, 6.0]))  # mean 3, variance (4 + 1 + 0 + 9) / 4
-    torch.testing.assert_close(normalised, torch.tensor([-2.0, -1.0, 0.0, 3.0]) / math.sqrt(3.5))
-    assert normalise(torch.tensor([5.0])).item() == 0
+def test_advantages_are_normalised_by_row_and_a_single_one_is_0() -> None:
+    # Mean 3, variance (4 + 1 + 0 + 9) / 4; and the same ten times larger.
+    rows = torch.tensor([[1.0, 2.0, 3.0, 6.0], [10.0, 20.0, 30.0, 60.0]])
+    expected = torch.tensor([-2.0, -1.0, 0.0, 3.0]) / math.sqrt(3.5)
+    torch.testing.assert_close(normalise(rows), torch.stack([expected, expected]))
+    assert normalise(torch.tensor([[5.0]])).item() == 0
