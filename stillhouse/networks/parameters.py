@@ -91,7 +91,7 @@ class FlatParameters:
         """Start the optimiser afresh.
 
         Parameters whose gradient was 0 so far need it: Adam's step count corrects its averages for the steps that these did
-        not see, and their first steps would be up to seven times too long.
+        not see, and their first steps would be up to 6.6 times too long.
         """
         self.optimizer.state.clear()
 
