@@ -29,14 +29,13 @@ class _View:
     """What every copy of a game shares: the action set, the observation space and how planes are shown."""
 
     def __init__(self, game: str, use_minimal_action_set: bool, flip: str, permutation: list[int]) -> None:
-        channels = GAMES[game].channels if game in GAMES else 10
+        rules = GAMES[game]
+        channels = rules.channels
         if flip not in FLIPS:
             raise ValueError(f"flip is one of {', '.join(FLIPS)}, not {flip!r}")
         if permutation and sorted(permutation) != list(range(channels)):
             raise ValueError(f"permutation must hold each of 0..{channels - 1} once, not {permutation}")
-        self.actions = np.asarray(
-            GAMES[game].minimal_actions if use_minimal_action_set and game in GAMES else range(6)
-        )
+        self.actions = np.asarray(rules.minimal_actions if use_minimal_action_set else range(6))
         self.rows, self.columns = FLIPS[flip]
         self.permutation = permutation or None
         self.observation_space = gymnasium.spaces.Box(0, 1, (10, 10, channels), np.bool_)  # type: ignore[arg-type] # its stub knows float32 only
@@ -212,121 +211,3 @@ class MinAtarVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.nda
         for name, value in self._arrays.items():
             value[...] = state[name]
         self._observations = self._show(ALL)
-
-
-class PackageVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
-    """``num_envs`` copies of one of the package's games, stepped in one loop: for games that have no batched form.
-
-    The copies are reset by the caller (autoreset ``DISABLED``; ``options["reset_mask"]`` and a seed per copy).
-    """
-
-    metadata = {"autoreset_mode": AutoresetMode.DISABLED}
-
-    def __init__(
-        self,
-        num_envs: int = 1,
-        game: str = "breakout",
-        max_episode_steps: int | None = None,
-        use_minimal_action_set: bool = False,
-        sticky_action_prob: float = 0.1,
-        difficulty_ramping: bool = True,
-        flip: str = "none",
-        permutation: list[int] | None = None,
-    ) -> None:
-        self.num_envs = num_envs
-        self.max_episode_steps = max_episode_steps
-        self._view = _View(game, use_minimal_action_set, flip, permutation or [])
-        self.single_observation_space = self._view.observation_space
-        self.single_action_space = self._view.action_space
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
-        self.games = [
-            _import_minatar().Environment(game, sticky_action_prob, difficulty_ramping)
-            for _ in range(num_envs)
-        ]
-        shape = self.single_observation_space.shape
-        assert shape is not None
-        self._observations = np.zeros((num_envs, *shape), np.bool_)
-        self._steps = np.zeros(num_envs, np.int64)
-
-    def reset(
-        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        mask = (options or {}).get("reset_mask", np.ones(self.num_envs, np.bool_))
-        seeds = [seed + row for row in range(self.num_envs)] if isinstance(seed, int) else seed
-        for row in np.flatnonzero(mask):
-            game = self.games[row]
-            if seeds is not None and (episode_seed := seeds[row]) is not None:
-                game.seed(episode_seed % 2**32)
-            game.reset()
-            self._observations[row] = self._view(game.state())
-        self._steps[mask] = 0
-        return self._observations.copy(), {}
-
-    def step(
-        self, actions: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        rewards = np.zeros(self.num_envs, np.float32)
-        terminated = np.zeros(self.num_envs, np.bool_)
-        chosen = self._view.actions[actions].tolist()
-        view = self._view
-        observations = np.empty_like(self._observations)
-        for row, game in enumerate(self.games):
-            rewards[row], terminated[row] = game.act(chosen[row])
-            observations[row] = view(game.state())
-        self._observations = observations
-        self._steps += 1
-        if self.max_episode_steps is None:
-            truncated = np.zeros(self.num_envs, np.bool_)
-        else:
-            truncated = self._steps >= self.max_episode_steps
-        return observations.copy(), rewards, terminated, truncated, {}
-
-    def get_state(self) -> dict[str, Any]:
-        """Everything the games hold, as plain data: exact continuation without replaying."""
-        return {
-            "observations": self._observations.copy(),
-            "steps": self._steps.copy(),
-            "games": [
-                {
-                    "last_action": int(game.last_action),
-                    "random": _random_state(game.random),
-                    "env": {
-                        key: (value.copy() if isinstance(value, np.ndarray) else _plain(value))
-                        for key, value in vars(game.env).items()
-                        if key not in ("random", "channels", "action_map", "ramping")
-                    },
-                }
-                for game in self.games
-            ],
-        }
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Continue from ``get_state``."""
-        self._observations = np.array(state["observations"], np.bool_)
-        self._steps = np.array(state["steps"], np.int64)
-        for game, saved in zip(self.games, state["games"], strict=True):
-            game.last_action = saved["last_action"]
-            kind, keys, position, has_gauss, cached = saved["random"]
-            game.random.set_state((kind, np.array(keys, np.uint32), position, has_gauss, cached))
-            game.env.random = game.random
-            for key, value in saved["env"].items():
-                setattr(game.env, key, np.array(value) if isinstance(value, np.ndarray) else _copy(value))
-
-
-def _random_state(random: np.random.RandomState) -> list[Any]:
-    kind, keys, position, has_gauss, cached = random.get_state(legacy=True)
-    return [str(kind), np.array(keys), int(position), int(has_gauss), float(cached)]
-
-
-def _plain(value: Any) -> Any:
-    """Python scalars and nested lists of them: the games keep NumPy scalars and lists of lists."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
-
-
-def _copy(value: Any) -> Any:
-    return [_copy(item) for item in value] if isinstance(value, list) else value

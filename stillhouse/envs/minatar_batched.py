@@ -481,9 +481,286 @@ class Asterix:
         return planes.reshape(-1, 10, 10, self.channels)
 
 
+class Seaquest:
+    """Planes: submarine, its back, own bullets, trails, enemy bullets, fish, enemy submarines, oxygen, rescued, divers.
+
+    Places are cells of a sea of 10 rows and 12 columns, one outside the screen on either side; 0 is no place. Enemies keep
+    the order in which they came, fish and submarines each among themselves, for the package's rules depend on it.
+    """
+
+    channels: ClassVar[int] = 10
+    minimal_actions: ClassVar[tuple[int, ...]] = (0, _LEFT, _UP, _RIGHT, _DOWN, _FIRE)
+
+    _OXYGEN = 200
+    _SPAWN_INTERVAL = 20
+    _DIVER_INTERVAL = 30
+    _MOVE_INTERVAL = 5
+    _DIVER_MOVE_INTERVAL = 5
+    _SHOT_COOL_DOWN = 5
+    _ENEMY_SHOT_INTERVAL = 10
+    # At the fastest, one comes every step and stays for 30; a few slower ones may still be there.
+    _ENEMIES = 40
+    _OUTSIDE = np.arange(120) % 12 % 11 == 0
+    _ON_SCREEN = np.arange(120) // 12 * 10 + np.arange(120) % 12 - 1
+
+    def __init__(self, num_envs: int, ramping: bool) -> None:
+        self._ramping = ramping
+        self.x = np.zeros(num_envs, np.int64)
+        self.y = np.zeros(num_envs, np.int64)
+        self.facing = np.zeros(num_envs, np.int64)  # -1 or 1, as all directions
+        self.oxygen = np.zeros(num_envs, np.int64)
+        self.rescued = np.zeros(
+            num_envs, np.int64
+        )  # below 0 after six were brought up: a quirk of the package
+        self.surfaced = np.zeros(num_envs, np.bool_)
+        self.shot_timer = np.zeros(num_envs, np.int64)
+        self.spawn_interval = np.zeros(num_envs, np.int64)
+        self.spawn_timer = np.zeros(num_envs, np.int64)
+        self.diver_timer = np.zeros(num_envs, np.int64)
+        self.move_interval = np.zeros(num_envs, np.int64)
+        self.ramps = np.zeros(num_envs, np.int64)
+        # Of bullets and of divers there are never more than two: the newer is the second, whether there is a first or not.
+        self.bullet = np.zeros((num_envs, 2), np.int64)
+        self.bullet_direction = np.zeros((num_envs, 2), np.int64)
+        self.diver = np.zeros((num_envs, 2), np.int64)
+        self.diver_direction = np.zeros((num_envs, 2), np.int64)
+        self.diver_move_timer = np.zeros((num_envs, 2), np.int64)
+        # Enemies, the oldest first, with gaps where one is gone; ``enemies`` is where the next one's place is.
+        self.enemies = np.zeros(num_envs, np.int64)
+        self.enemy = np.zeros((num_envs, self._ENEMIES), np.int64)
+        self.enemy_direction = np.zeros((num_envs, self._ENEMIES), np.int64)
+        self.enemy_move_timer = np.zeros((num_envs, self._ENEMIES), np.int64)
+        self.enemy_shot_timer = np.zeros((num_envs, self._ENEMIES), np.int64)
+        self.enemy_shoots = np.zeros((num_envs, self._ENEMIES), np.bool_)  # a submarine, not a fish
+        self.leftward_bullets = np.zeros((num_envs, 120), np.bool_)  # the enemies'
+        self.rightward_bullets = np.zeros((num_envs, 120), np.bool_)
+        self.terminal = np.zeros(num_envs, np.bool_)
+        self.arrays = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        self._copies = np.arange(num_envs)
+
+    def begin(self, rows: np.ndarray, random: RandomStreams) -> None:
+        for value in self.arrays.values():
+            value[rows] = 0
+        self.x[rows] = 5
+        self.facing[rows] = -1
+        self.oxygen[rows] = self._OXYGEN
+        self.surfaced[rows] = True
+        self.spawn_interval[rows] = self.spawn_timer[rows] = self._SPAWN_INTERVAL
+        self.diver_timer[rows] = self._DIVER_INTERVAL
+        self.move_interval[rows] = self._MOVE_INTERVAL
+
+    def act(self, actions: np.ndarray, random: RandomStreams) -> np.ndarray:
+        spawning = np.flatnonzero(self.spawn_timer == 0)
+        if len(spawning):
+            self._spawn_enemies(spawning, random)
+        spawning = np.flatnonzero(self.diver_timer == 0)
+        if len(spawning):
+            self._spawn_divers(spawning, random)
+
+        fires = np.flatnonzero((actions == _FIRE) & (self.shot_timer == 0))
+        if len(fires):
+            self.shot_timer[fires] = self._SHOT_COOL_DOWN
+            self._append(fires, self.bullet, self.bullet_direction)
+            self.bullet[fires, 1] = self.y[fires] * 12 + self.x[fires] + 1
+            self.bullet_direction[fires, 1] = self.facing[fires]
+        turns = _STEP_X[actions]
+        self.x += turns
+        np.maximum(self.x, 0, out=self.x)
+        np.minimum(self.x, 9, out=self.x)
+        np.copyto(self.facing, turns, where=turns != 0)
+        self.y += _STEP_Y[actions]
+        np.maximum(self.y, 0, out=self.y)
+        np.minimum(self.y, 8, out=self.y)
+        here = self.y * 12 + self.x + 1
+
+        width = int(self.enemies.max())
+        rewards = np.zeros(len(actions), np.float32)
+        self._move_bullets(width, rewards)
+        for newer in (1, 0):
+            self._move_divers(newer, here)
+        self._move_enemies(width, here, rewards)
+        self._move_enemy_bullets(here)
+
+        self.spawn_timer -= self.spawn_timer > 0
+        self.diver_timer -= self.diver_timer > 0
+        self.shot_timer -= self.shot_timer > 0
+        self.terminal |= self.oxygen <= 0
+        deep = self.y > 0
+        self.oxygen -= deep
+        self.surfaced &= ~deep
+        surfacing = np.flatnonzero(~(deep | self.surfaced))
+        if len(surfacing):
+            self._surface(surfacing, rewards)
+        return rewards
+
+    @staticmethod
+    def _append(rows: np.ndarray, places: np.ndarray, *others: np.ndarray) -> None:
+        """Make room for a newer one: the second, where there is one, becomes the first."""
+        rows = rows[places[rows, 1] != 0]
+        for values in (places, *others):
+            values[rows, 0] = values[rows, 1]
+
+    def _spawn_enemies(self, rows: np.ndarray, random: RandomStreams) -> None:
+        self.spawn_timer[rows] = self.spawn_interval[rows]
+        uniforms = random.draw(rows, 3)
+        direction = np.where(uniforms[:, 0] < 1 / 2, 1, -1)
+        shoots = uniforms[:, 1] < 1 / 3
+        y = 1 + (uniforms[:, 2] * 8).astype(np.int64)
+        # None comes into a row where others swim the other way.
+        blocked = (self.enemy[rows] // 12 == y[:, None]) & (self.enemy_direction[rows] != direction[:, None])
+        free = ~blocked.any(1)
+        rows, direction, shoots, y = rows[free], direction[free], shoots[free], y[free]
+        self._close_gaps(rows[self.enemies[rows] % 8 == 7])
+        place = self.enemies[rows]
+        self.enemy[rows, place] = y * 12 + np.where(direction > 0, 1, 10)
+        self.enemy_direction[rows, place] = direction
+        self.enemy_move_timer[rows, place] = self.move_interval[rows]
+        self.enemy_shot_timer[rows, place] = self._ENEMY_SHOT_INTERVAL
+        self.enemy_shoots[rows, place] = shoots
+        self.enemies[rows] += 1
+
+    def _close_gaps(self, rows: np.ndarray) -> None:
+        there = self.enemy[rows] != 0
+        order = np.argsort(~there, axis=1, kind="stable")
+        for values in (
+            self.enemy,
+            self.enemy_direction,
+            self.enemy_move_timer,
+            self.enemy_shot_timer,
+            self.enemy_shoots,
+        ):
+            values[rows] = values[rows[:, None], order]
+        self.enemies[rows] = there.sum(1)
+
+    def _spawn_divers(self, rows: np.ndarray, random: RandomStreams) -> None:
+        self.diver_timer[rows] = self._DIVER_INTERVAL
+        uniforms = random.draw(rows, 2)
+        rightwards = uniforms[:, 0] < 1 / 2
+        self._append(rows, self.diver, self.diver_direction, self.diver_move_timer)
+        y = 1 + (uniforms[:, 1] * 8).astype(np.int64)
+        self.diver[rows, 1] = y * 12 + np.where(rightwards, 1, 10)
+        self.diver_direction[rows, 1] = np.where(rightwards, 1, -1)
+        self.diver_move_timer[rows, 1] = self._DIVER_MOVE_INTERVAL
+
+    def _move_bullets(self, width: int, rewards: np.ndarray) -> None:
+        """Each hits the oldest fish where it comes, else the oldest submarine."""
+        self.bullet += self.bullet_direction * (self.bullet != 0)
+        np.copyto(self.bullet, 0, where=self._OUTSIDE[self.bullet])
+        for newer in (1, 0):
+            bullet = self.bullet[:, newer]
+            met = (self.enemy[:, :width] == bullet[:, None]) & (bullet != 0)[:, None]
+            rows = np.flatnonzero(met.any(1))
+            if len(rows):
+                rank = np.arange(width) + width * self.enemy_shoots[rows, :width]
+                hit = np.where(met[rows], rank, 2 * width).argmin(1)
+                self.enemy[rows, hit] = 0
+                self.bullet[rows, newer] = 0
+                rewards[rows] += 1
+
+    def _move_divers(self, newer: int, here: np.ndarray) -> None:
+        diver, timer = self.diver[:, newer], self.diver_move_timer[:, newer]  # views
+        picked = (diver == here) & (self.rescued < 6)
+        moving = (timer == 0) & (diver != 0) & ~picked
+        timer -= 1
+        np.copyto(timer, self._DIVER_MOVE_INTERVAL, where=moving)
+        diver += self.diver_direction[:, newer] * moving
+        picked |= moving & (diver == here) & (self.rescued < 6)
+        self.rescued += picked
+        np.copyto(diver, 0, where=picked | self._OUTSIDE[diver])
+
+    def _move_enemies(self, width: int, here: np.ndarray, rewards: np.ndarray) -> None:
+        enemy, timer = self.enemy[:, :width], self.enemy_move_timer[:, :width]  # views, as are the others
+        shot_timer, shoots = self.enemy_shot_timer[:, :width], self.enemy_shoots[:, :width]
+        there = enemy != 0
+        self.terminal |= (enemy == here[:, None]).any(1)
+        moving = (timer == 0) & there
+        timer -= 1
+        np.copyto(timer, self.move_interval[:, None], where=moving)
+        enemy += self.enemy_direction[:, :width] * moving
+        self.terminal |= (enemy == here[:, None]).any(1)
+
+        shooting = (shot_timer == 0) & shoots & there
+        shot_timer -= 1
+        np.copyto(shot_timer, self._ENEMY_SHOT_INTERVAL, where=shooting)
+        # The package's submarines shoot even where they are hit at that moment.
+        rows, places = np.nonzero(shooting)
+        cells, rightwards = enemy[rows, places], self.enemy_direction[rows, places] > 0
+        self.rightward_bullets[rows[rightwards], cells[rightwards]] = True
+        self.leftward_bullets[rows[~rightwards], cells[~rightwards]] = True
+
+        np.copyto(enemy, 0, where=self._OUTSIDE[enemy])
+        met = moving & (enemy != 0) & (enemy != here[:, None])
+        met &= (enemy == self.bullet[:, :1]) | (enemy == self.bullet[:, 1:])
+        rows = np.flatnonzero(met.any(1))
+        while len(rows):  # twice at most: there are two bullets
+            # Submarines come before fish, the newest first. The package takes off its list the first that equals this
+            # one, but another in the same place, with its move behind it, would have been hit by the bullet already.
+            hit = np.where(met[rows], 1 + np.arange(width) + width * shoots[rows], 0).argmax(1)
+            bullet = (self.bullet[rows, 0] != enemy[rows, hit]).astype(np.int64)
+            self.bullet[rows, bullet] = 0
+            enemy[rows, hit] = 0
+            rewards[rows] += 1
+            met[rows, hit] = False
+            met[rows] &= (enemy[rows] == self.bullet[rows, :1]) | (enemy[rows] == self.bullet[rows, 1:])
+            rows = rows[met[rows].any(1)]
+
+    def _move_enemy_bullets(self, here: np.ndarray) -> None:
+        left, right = self.leftward_bullets, self.rightward_bullets
+        here = self._copies * 120 + here
+        self.terminal |= left.reshape(-1)[here] | right.reshape(-1)[here]
+        right[:, 1:] = right[:, :-1]
+        right[:, 0::12] = right[:, 11::12] = False
+        left[:, :-1] = left[:, 1:]
+        left[:, 0::12] = left[:, 11::12] = False
+        self.terminal |= left.reshape(-1)[here] | right.reshape(-1)[here]
+
+    def _surface(self, rows: np.ndarray, rewards: np.ndarray) -> None:
+        empty = self.rescued[rows] == 0
+        self.terminal[rows[empty]] = True
+        rows = rows[~empty]
+        self.surfaced[rows] = True
+        full = rows[self.rescued[rows] == 6]
+        rewards[full] += self.oxygen[full] * 10 // self._OXYGEN
+        self.rescued[full] = 0
+        self.rescued[rows] -= 1
+        self.oxygen[rows] = self._OXYGEN
+        if self._ramping:
+            move_interval, spawn_interval = self.move_interval[rows], self.spawn_interval[rows]
+            self.move_interval[rows] -= (move_interval > 2) & (self.ramps[rows] % 2 == 1)
+            self.spawn_interval[rows] -= spawn_interval > 1
+            self.ramps[rows] += (move_interval > 2) | (spawn_interval > 1)
+
+    def planes(self, rows: Rows) -> np.ndarray:
+        x, y = self.x[rows], self.y[rows]
+        planes, flat, first = _canvas(len(x), self.channels)
+        cell = first + (y * 10 + x) * 10
+        flat[cell] = True
+        flat[cell - 10 * self.facing[rows] + 1] = True
+        self._draw(flat, first, 2, self.bullet[rows])
+        enemy_bullets = (self.leftward_bullets[rows] | self.rightward_bullets[rows]).reshape(-1, 10, 12)
+        planes.reshape(-1, 10, 10, 10)[..., 4] = enemy_bullets[:, :, 1:11]
+        width = int(self.enemies[rows].max(initial=0))
+        enemy, direction = self.enemy[rows, :width], self.enemy_direction[rows, :width]
+        self._draw(flat, first, 5 + self.enemy_shoots[rows, :width], enemy)
+        self._draw(flat, first, 3, (enemy - direction) * (enemy != 0))
+        columns = np.arange(10)
+        planes[:, 90:, 7] = columns < (np.maximum(self.oxygen[rows], 0) * 10 // self._OXYGEN)[:, None]
+        planes[:, 90:99, 8] = columns[:9] >= 9 - self.rescued[rows][:, None]
+        diver = self.diver[rows]
+        self._draw(flat, first, 9, diver)
+        self._draw(flat, first, 3, (diver - self.diver_direction[rows]) * (diver != 0))
+        return planes.reshape(-1, 10, 10, self.channels)
+
+    def _draw(self, flat: np.ndarray, first: np.ndarray, plane: int | np.ndarray, cells: np.ndarray) -> None:
+        """Set what is on the screen of ``cells``, [K, n]."""
+        seen = ~self._OUTSIDE[cells]
+        flat[(first[:, None] + self._ON_SCREEN[cells] * 10 + plane)[seen]] = True
+
+
 GAMES: dict[str, type[BatchedGame]] = {
     "asterix": Asterix,
     "breakout": Breakout,
     "freeway": Freeway,
+    "seaquest": Seaquest,
     "space_invaders": SpaceInvaders,
 }

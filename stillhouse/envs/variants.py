@@ -91,16 +91,16 @@ class AcrobotPhysicsEnv(AcrobotEnv):
 
 
 def _minatar(**options: Any) -> gymnasium.Env[Any, Any]:
-    # Imported when made: other environments' stages need not wait for the package.
+    # Imported when made: other environments' stages need not know of it.
     from stillhouse.envs.minatar import MinAtarEnv
 
     return MinAtarEnv(**options)
 
 
 def _minatar_vector(**options: Any) -> gymnasium.vector.VectorEnv[Any, Any, Any]:
-    from stillhouse.envs.minatar import GAMES, MinAtarVectorEnv, PackageVectorEnv
+    from stillhouse.envs.minatar import MinAtarVectorEnv
 
-    return (MinAtarVectorEnv if options["game"] in GAMES else PackageVectorEnv)(**options)
+    return MinAtarVectorEnv(**options)
 
 
 def register() -> None:
