@@ -84,7 +84,31 @@ def chart(
     size: tuple[int, int] = (340, 214),
     percent: bool = False,
 ) -> str:
-    """Small chart of curves, with horizontal ``rules`` (label, y); labels stand at the lines' ends."""
+    """A chart as :func:`picture` draws it, with its title, for a page of ours."""
+    svg = picture(lines, x_label, rules, y_range, size, percent) or '<p class="note">no curve</p>'
+    return f'<figure class="chart"><figcaption>{title}</figcaption>{svg}</figure>'
+
+
+def picture(
+    lines: Sequence[Line],
+    x_label: str,
+    rules: Sequence[tuple[str, float]] = (),
+    y_range: tuple[float, float] | None = None,
+    size: tuple[int, int] = (340, 214),
+    percent: bool = False,
+    style: str = "",
+) -> str:
+    """Curves as SVG, with horizontal ``rules`` (label, y); labels stand at the lines' ends. Empty where there is no curve.
+
+    Args:
+        lines: the curves.
+        x_label: under the axis.
+        rules: label and height of each.
+        y_range: lowest and highest y; by default what the curves need.
+        size: width and height.
+        percent: whether y is a share.
+        style: CSS, for a file of its own.
+    """
     width, height = size
     labels = [line.label for line in lines if line.label] + [label for label, _ in rules]
     left, right, top, bottom = 42, 12 + max((6.3 * len(label) for label in labels), default=0), 10, 34
@@ -93,7 +117,7 @@ def chart(
         y for _, y in rules
     ]
     if not lines or not values:
-        return f'<figure class="chart"><figcaption>{title}</figcaption><p class="note">no curve</p></figure>'
+        return ""
     low, high = y_range or (min(values), max(values))
     if y_range is None:
         pad = 0.06 * (high - low) or max(1.0, abs(high) * 0.1)
@@ -140,10 +164,11 @@ def chart(
         parts.append(
             f'<text class="label {kind}" x="{width - right + 6:.1f}" y="{y + 4:.1f}">{escape(label)}</text>'
         )
+    alone = f' xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}"' if style else ""
+    style = f"<style>{style}</style>" if style else ""
     return (
-        f'<figure class="chart"><figcaption>{title}</figcaption>'
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(x_label)} and curves">'
-        f"{''.join(parts)}</svg></figure>"
+        f'<svg{alone} viewBox="0 0 {width} {height}" role="img" aria-label="{escape(x_label)} and curves">'
+        f"{style}{''.join(parts)}</svg>"
     )
 
 

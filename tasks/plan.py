@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from tasks.params import Params
 
 DVC_LOCK = Path("dvc.lock")
+STUDIES = Path("benchmarks/results/policy_distillation")  # of the committed results, one file each
 DVC_HEADER = "# generated: edit params/ and run `stillhouse plan`\n"
 PIPELINE_HEADER = (
     "# The active parameters, complete: written by `stillhouse plan SUITE` from params/suites/.\n"
@@ -50,6 +51,7 @@ class Stage:
         deps: every file and folder read, its code digest among them.
         params: keys of ``params/pipeline.yaml``.
         outs: files and folders written; ``metrics`` and ``plots`` (x and y column by file) are outs too.
+        in_git: outs that git keeps, not DVC's cache.
         environments: names a user may select the stage by.
         cost: expected seconds.
         always_changed: run at every occasion.
@@ -60,6 +62,7 @@ class Stage:
     deps: list[str] = field(default_factory=list)
     params: list[str] = field(default_factory=list)
     outs: list[str] = field(default_factory=list)
+    in_git: list[str] = field(default_factory=list)
     metrics: list[str] = field(default_factory=list)
     plots: dict[str, dict[str, str]] = field(default_factory=dict)
     environments: list[str] = field(default_factory=list)
@@ -74,7 +77,7 @@ class Stage:
     @property
     def writes(self) -> list[str]:
         """Every out."""
-        return [*self.outs, *self.metrics, *self.plots]
+        return [*self.outs, *self.in_git, *self.metrics, *self.plots]
 
     def row(self) -> dict[str, Any]:
         """The stage as DVC reads it."""
@@ -83,8 +86,10 @@ class Stage:
             row["deps"] = sorted(self.deps)
         if self.params:
             row["params"] = [{str(PIPELINE): sorted(self.params)}]
-        if self.outs:
-            row["outs"] = sorted(self.outs)
+        if self.outs or self.in_git:
+            # Persistent: should the stage fail, the page that git has stays.
+            kept = [{path: {"cache": False, "persist": True}} for path in sorted(self.in_git)]
+            row["outs"] = [*sorted(self.outs), *kept]
         if self.metrics:
             row["metrics"] = sorted(self.metrics)
         if self.plots:
@@ -219,6 +224,17 @@ def stages_of(params: Params) -> list[Stage]:
             metrics=["data/evaluation/results.json"],
             plots={"data/evaluation/comparison.csv": {"x": "environment", "y": "normalised_score"}},
             cost=5.0,
+        )
+    )
+    studies = sorted(map(str, STUDIES.glob("*.json")))
+    curves = ["docs/results/online-distillation.svg"] if str(STUDIES / "online.json") in studies else []
+    stages.append(
+        Stage(
+            name="publish_results",
+            argv=python("publish_results"),
+            deps=[code("publish_results"), *studies],
+            in_git=["docs/results/policy-distillation.md", *curves],
+            cost=3.0,
         )
     )
     digests = sorted({dep for stage in stages for dep in stage.deps if dep.startswith(f"{CODE}/")})

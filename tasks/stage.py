@@ -298,7 +298,7 @@ def _arguments(argv: list[str] | None) -> tuple[str, argparse.Namespace]:
     specification = sys.modules["__main__"].__spec__
     verb = specification.name.rpartition(".")[2] if specification else Path(sys.argv[0]).stem
     parser = argparse.ArgumentParser(prog=f"python -m tasks.{verb}", allow_abbrev=False)
-    if verb != "report":
+    if verb not in ("report", "publish_results"):
         parser.add_argument("name", help="environment, student or target, as named in params/pipeline.yaml")
         if verb == "fine_tune":
             parser.add_argument("--mode", choices=MODES, required=True)

@@ -1,0 +1,29 @@
+"""Stage: the page ``docs/results/policy-distillation.md``, from the score matrices that are committed as JSON.
+
+Trains nothing. A study that was not run leaves one line.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stillhouse.files import write_atomic
+from tasks.results_page import ONLINE_CURVE, online_curve, render
+from tasks.stage import StageContext, main
+from tasks.studies import FOLDER, read_study
+
+PAGE = Path("docs/results/policy-distillation.md")
+
+
+def publish_results(context: StageContext) -> None:
+    """Score matrices to the page, and the online study to its curve."""
+    studies = {
+        path.stem: read_study(path) for path in map(Path, sorted(context.deps)) if path.parent == FOLDER
+    }
+    write_atomic(PAGE, render(studies))
+    if "online" in studies:
+        write_atomic(ONLINE_CURVE, online_curve(studies["online"]))
+
+
+if __name__ == "__main__":
+    main(publish_results)
