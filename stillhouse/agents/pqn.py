@@ -13,6 +13,8 @@ Deviations from the paper and its code (``mttga/purejaxql``):
 2. The returns take the Q-values computed while acting, as theirs do; at a truncation the true final observation is
    evaluated, where theirs treats a time limit like a terminal state.
 3. Observations that are no transitions (autoreset ``NEXT_STEP``) are left out of the minibatches.
+4. A convolution's maps are normalised together, sample by sample (one group of GroupNorm), where theirs are normalised
+   position by position over the channels: a quarter less time an update.
 """
 
 from __future__ import annotations

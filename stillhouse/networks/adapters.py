@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stillhouse.errors import StillhouseError
 from stillhouse.types import ObservationSpec
 
 # Larger images get the three convolutions of Mnih et al. 2015, smaller ones the single 3x3 of MinAtar.
@@ -72,14 +71,15 @@ class _Convolution3x3(torch.autograd.Function):
 
 
 class PlanesConvolution(nn.Module):
-    """bool or uint8 [B, H, W, C] -> 3x3 convolution (no padding) -> [B, conv_channels, H - 2, W - 2].
+    """bool or uint8 [B, H, W, C] -> 3x3 convolution (no padding) -> [B, conv_channels * (H - 2) * (W - 2)].
 
     With ``layer_norm`` each sample's maps are normalised together, with a scale and a shift per channel.
     """
 
     def __init__(self, observation: ObservationSpec, conv_channels: int, layer_norm: bool) -> None:
         super().__init__()
-        _, _, channels = height_width_channels(observation)
+        height, width, channels = height_width_channels(observation)
+        self.outputs = conv_channels * (height - 2) * (width - 2)
         self.channels_first = observation.channels_first
         self.scale = 1 / 255 if observation.kind == "image" else 1.0
         self.convolution = nn.Conv2d(channels, conv_channels, 3)
@@ -94,60 +94,18 @@ class PlanesConvolution(nn.Module):
             planes = planes * self.scale
         bias = self.convolution.bias
         maps: Tensor = _Convolution3x3.apply(planes, self.convolution.weight, bias)
-        return functional.relu(self.norm(maps))
-
-
-class PlanesBody(nn.Module):
-    """[B, conv_channels, H - 2, W - 2] -> a second 3x3 convolution of stride 2, where asked for -> dense -> [B, features].
-
-    Raises:
-        StillhouseError: a second convolution on maps smaller than 3x3.
-    """
-
-    def __init__(
-        self,
-        observation: ObservationSpec,
-        conv_channels: int,
-        second_conv_channels: int,
-        features: int,
-        layer_norm: bool,
-    ) -> None:
-        super().__init__()
-        height, width = (side - 2 for side in height_width_channels(observation)[:2])
-        self.second: nn.Module = nn.Identity()
-        if second_conv_channels:
-            if min(height, width) < 3:
-                raise StillhouseError(
-                    f"second_conv_channels: {second_conv_channels} was given, but planes of {height + 2}x{width + 2} "
-                    "leave nothing for a second convolution; 0 is allowed where a side is below 5"
-                )
-            self.second = nn.Sequential(
-                nn.Conv2d(conv_channels, second_conv_channels, 3, 2),
-                nn.GroupNorm(1, second_conv_channels) if layer_norm else nn.Identity(),
-                nn.ReLU(),
-            )
-            height, width, conv_channels = (height - 1) // 2, (width - 1) // 2, second_conv_channels
-        self.dense = nn.Linear(height * width * conv_channels, features)
-        self.norm = nn.LayerNorm(features) if layer_norm else nn.Identity()
-
-    def forward(self, maps: Tensor) -> Tensor:
-        return functional.relu(self.norm(self.dense(self.second(maps).flatten(1))))
+        return functional.relu(self.norm(maps)).flatten(1)
 
 
 class PlanesAdapter(nn.Module):
-    """bool or uint8 [B, H, W, C] -> :class:`PlanesConvolution` -> :class:`PlanesBody` -> [B, features]."""
+    """bool or uint8 [B, H, W, C] -> :class:`PlanesConvolution` -> dense -> [B, features]."""
 
     def __init__(
-        self,
-        observation: ObservationSpec,
-        conv_channels: int,
-        second_conv_channels: int,
-        features: int,
-        layer_norm: bool,
+        self, observation: ObservationSpec, conv_channels: int, features: int, layer_norm: bool
     ) -> None:
         super().__init__()
         self.first = PlanesConvolution(observation, conv_channels, layer_norm)
-        self.body = PlanesBody(observation, conv_channels, second_conv_channels, features, layer_norm)
+        self.body = VectorAdapter(self.first.outputs, features, layer_norm)
 
     def forward(self, observations: Tensor) -> Tensor:
         features: Tensor = self.body(self.first(observations))
@@ -195,20 +153,15 @@ def has_planes(observation: ObservationSpec) -> bool:
 
 
 def make_adapter(
-    observation: ObservationSpec,
-    conv_channels: int,
-    second_conv_channels: int,
-    features: int,
-    layer_norm: bool,
+    observation: ObservationSpec, conv_channels: int, features: int, layer_norm: bool
 ) -> nn.Module:
     """The adapter for an observation."""
     if observation.kind == "vector":
         return VectorAdapter(observation.shape[0], features, layer_norm)
     if observation.kind == "discrete":
         return DiscreteAdapter(observation.shape[0], features, layer_norm)
-    if has_planes(observation):
-        return PlanesAdapter(observation, conv_channels, second_conv_channels, features, layer_norm)
-    return ImageAdapter(observation, conv_channels, features, layer_norm)
+    kind = PlanesAdapter if has_planes(observation) else ImageAdapter
+    return kind(observation, conv_channels, features, layer_norm)
 
 
 def height_width_channels(observation: ObservationSpec) -> tuple[int, int, int]:

@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from stillhouse.config import Config
 from stillhouse.networks.adapters import (
-    PlanesBody,
     PlanesConvolution,
+    VectorAdapter,
     has_planes,
     height_width_channels,
     make_adapter,
@@ -28,12 +28,6 @@ class NetworkSize(Config):
     """Widths of a network."""
 
     conv_channels: int = Field(default=16, ge=1, le=1024, description="maps of the first convolution")
-    second_conv_channels: int = Field(
-        default=0,
-        ge=0,
-        le=1024,
-        description="planes: maps of a second convolution of stride 2, which saves most of the dense layer's parameters; 0: none",
-    )
     share_planes: bool = Field(
         default=False,
         description="planes of equal sides share all but the first convolution, of which every environment has its own",
@@ -77,16 +71,17 @@ class MultiTaskNetwork(nn.Module):
         self.adapters = nn.ModuleDict()
         self.bodies = nn.ModuleDict()
         self._routes: dict[str, tuple[str, str]] = {}  # environment -> its adapter, and its body or ""
-        widths = (size.conv_channels, size.second_conv_channels, size.features, size.layer_norm)
+        widths = (size.conv_channels, size.features, size.layer_norm)
         for name, environment in spec.environments.items():
             observation = environment.observation
             if size.share_planes and has_planes(observation):
                 height, width, _ = height_width_channels(observation)
                 body = f"planes_{height}x{width}"
                 self._routes[name] = (name, body)
-                self.adapters[name] = PlanesConvolution(observation, size.conv_channels, size.layer_norm)
+                first = PlanesConvolution(observation, size.conv_channels, size.layer_norm)
+                self.adapters[name] = first
                 if body not in self.bodies:
-                    self.bodies[body] = PlanesBody(observation, *widths)
+                    self.bodies[body] = VectorAdapter(first.outputs, size.features, size.layer_norm)
             else:
                 self._routes[name] = (observation.key, "")
                 if observation.key not in self.adapters:
