@@ -612,7 +612,6 @@ def size_for_budget(
         return size.model_copy(
             update={
                 "conv_channels": width(size.conv_channels, 1024),
-                "second_conv_channels": size.second_conv_channels and width(size.second_conv_channels, 1024),
                 "features": width(size.features, 8192),
                 "torso": tuple(width(given, 8192) for given in size.torso),
             }

@@ -448,18 +448,6 @@ def test_the_largest_network_within_the_budget_is_found() -> None:
     assert size_for_budget(size, ENVIRONMENTS, exact - 1) != found
 
 
-def test_a_second_convolution_is_scaled_along_and_none_stays_none() -> None:
-    large = {
-        "pixels": EnvironmentSpec(observation=ObservationSpec(kind="planes", shape=(10, 10, 4)), actions=3)
-    }
-    size = NetworkSize(conv_channels=16, second_conv_channels=32, features=64)
-    small = size_for_budget(size, large, 4000)
-    assert 1 < small.second_conv_channels < 32
-    assert small.second_conv_channels == pytest.approx(2 * small.conv_channels, abs=2)
-    without = size_for_budget(NetworkSize(conv_channels=16, features=64), large, 4000)
-    assert without.second_conv_channels == 0
-
-
 def network_of(size: NetworkSize) -> MultiTaskNetwork:
     return build_network(NetworkSpec(size=size, environments=ENVIRONMENTS, output="logits"), 0)
 
