@@ -32,6 +32,8 @@ class RandomStreams:
     """
 
     _STEP = np.uint64(0x9E3779B97F4A7C15)
+    _SHIFTS = np.array([30, 27, 31, 11], np.uint64)
+    _FACTORS = np.array([0xBF58476D1CE4E5B9, 0x94D049BB133111EB], np.uint64)
 
     def __init__(self, num_envs: int) -> None:
         self.counters = np.zeros(num_envs, np.uint64)
@@ -45,19 +47,20 @@ class RandomStreams:
         """The next ``count`` numbers of each of ``rows``, uniform in [0, 1), float64 [K, count]."""
         counters = self.counters[rows, None] + self._STEP * np.arange(1, count + 1, dtype=np.uint64)
         self.counters[rows] = counters[:, -1]
-        values = self._mix(counters)
-        return (values >> np.uint64(11)) * 2.0**-53
+        return self._uniform(counters)
 
     def draw_one(self) -> np.ndarray:
         """The next number of every copy, float64 [B]."""
         self.counters += self._STEP
-        return (self._mix(self.counters) >> np.uint64(11)) * 2.0**-53
+        return self._uniform(self.counters)
 
-    @staticmethod
-    def _mix(values: np.ndarray) -> np.ndarray:
-        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return values ^ (values >> np.uint64(31))
+    def _uniform(self, counters: np.ndarray) -> np.ndarray:
+        return (self._mix(counters) >> self._SHIFTS[3]) * 2.0**-53
+
+    def _mix(self, values: np.ndarray) -> np.ndarray:
+        values = (values ^ (values >> self._SHIFTS[0])) * self._FACTORS[0]
+        values = (values ^ (values >> self._SHIFTS[1])) * self._FACTORS[1]
+        return values ^ (values >> self._SHIFTS[2])
 
 
 class BatchedGame(Protocol):
@@ -484,8 +487,9 @@ class Asterix:
 class Seaquest:
     """Planes: submarine, its back, own bullets, trails, enemy bullets, fish, enemy submarines, oxygen, rescued, divers.
 
-    Places are cells of a sea of 10 rows and 12 columns, one outside the screen on either side; 0 is no place. Enemies keep
-    the order in which they came, fish and submarines each among themselves, for the package's rules depend on it.
+    Places are cells of a sea of 10 rows and 12 columns, one outside the screen on either side. What is gone is in a cell
+    from which it cannot come back. Enemies keep the order in which they came, fish and submarines each among themselves,
+    for the package's rules depend on it.
     """
 
     channels: ClassVar[int] = 10
@@ -498,56 +502,65 @@ class Seaquest:
     _DIVER_MOVE_INTERVAL = 5
     _SHOT_COOL_DOWN = 5
     _ENEMY_SHOT_INTERVAL = 10
-    # At the fastest, one comes every step and stays for 30; a few slower ones may still be there.
-    _ENEMIES = 40
-    _OUTSIDE = np.arange(120) % 12 % 11 == 0
-    _ON_SCREEN = np.arange(120) // 12 * 10 + np.arange(120) % 12 - 1
+    _ENEMIES = (
+        40  # at the fastest one comes every step and stays for 30; a few slower ones may still be there
+    )
+    _GONE, _ENEMY_GONE = 121, 124  # two, so that nothing gone meets
+    _OUTSIDE = (np.arange(126) % 12 % 11 == 0) | (np.arange(126) >= 120)
+    _ON_SCREEN = np.arange(126) // 12 * 10 + np.arange(126) % 12 - 1
 
     def __init__(self, num_envs: int, ramping: bool) -> None:
         self._ramping = ramping
-        self.x = np.zeros(num_envs, np.int64)
-        self.y = np.zeros(num_envs, np.int64)
-        self.facing = np.zeros(num_envs, np.int64)  # -1 or 1, as all directions
-        self.oxygen = np.zeros(num_envs, np.int64)
-        self.rescued = np.zeros(
-            num_envs, np.int64
-        )  # below 0 after six were brought up: a quirk of the package
+        (
+            self.x,
+            self.y,
+            self.facing,  # -1 or 1, as all directions
+            self.oxygen,
+            self.rescued,  # below 0 after six were brought up: a quirk of the package
+            self.shot_timer,
+            self.spawn_interval,
+            self.spawn_timer,
+            self.diver_timer,
+            self.move_interval,
+            self.ramps,
+            self.enemies,  # that have places, the gaps of those gone among them
+        ) = self._numbers = np.zeros((12, num_envs), np.int64)
         self.surfaced = np.zeros(num_envs, np.bool_)
-        self.shot_timer = np.zeros(num_envs, np.int64)
-        self.spawn_interval = np.zeros(num_envs, np.int64)
-        self.spawn_timer = np.zeros(num_envs, np.int64)
-        self.diver_timer = np.zeros(num_envs, np.int64)
-        self.move_interval = np.zeros(num_envs, np.int64)
-        self.ramps = np.zeros(num_envs, np.int64)
+        self.terminal = np.zeros(num_envs, np.bool_)
         # Of bullets and of divers there are never more than two: the newer is the second, whether there is a first or not.
-        self.bullet = np.zeros((num_envs, 2), np.int64)
-        self.bullet_direction = np.zeros((num_envs, 2), np.int64)
-        self.diver = np.zeros((num_envs, 2), np.int64)
-        self.diver_direction = np.zeros((num_envs, 2), np.int64)
-        self.diver_move_timer = np.zeros((num_envs, 2), np.int64)
-        # Enemies, the oldest first, with gaps where one is gone; ``enemies`` is where the next one's place is.
-        self.enemies = np.zeros(num_envs, np.int64)
-        self.enemy = np.zeros((num_envs, self._ENEMIES), np.int64)
-        self.enemy_direction = np.zeros((num_envs, self._ENEMIES), np.int64)
-        self.enemy_move_timer = np.zeros((num_envs, self._ENEMIES), np.int64)
-        self.enemy_shot_timer = np.zeros((num_envs, self._ENEMIES), np.int64)
-        self.enemy_shoots = np.zeros((num_envs, self._ENEMIES), np.bool_)  # a submarine, not a fish
+        self.bullet, self.bullet_direction = np.zeros((2, num_envs, 2), np.int64)
+        self.diver, self.diver_direction, self.diver_move_timer = np.zeros((3, num_envs, 2), np.int64)
+        (
+            self.enemy,
+            self.enemy_direction,
+            self.enemy_move_timer,
+            self.enemy_shot_timer,
+            self.enemy_shoots,  # 1: a submarine; 0: a fish
+        ) = self._enemies = np.zeros((5, num_envs, self._ENEMIES), np.int64)
         self.leftward_bullets = np.zeros((num_envs, 120), np.bool_)  # the enemies'
         self.rightward_bullets = np.zeros((num_envs, 120), np.bool_)
-        self.terminal = np.zeros(num_envs, np.bool_)
-        self.arrays = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        self.arrays = {
+            name: value
+            for name, value in vars(self).items()
+            if isinstance(value, np.ndarray) and name[0] != "_"
+        }
         self._copies = np.arange(num_envs)
+        x, facing, spawn, divers, move = (
+            5,
+            -1,
+            self._SPAWN_INTERVAL,
+            self._DIVER_INTERVAL,
+            self._MOVE_INTERVAL,
+        )
+        self._start = np.array([[x, 0, facing, self._OXYGEN, 0, 0, spawn, spawn, divers, move, 0, 0]]).T
 
     def begin(self, rows: np.ndarray, random: RandomStreams) -> None:
-        for value in self.arrays.values():
-            value[rows] = 0
-        self.x[rows] = 5
-        self.facing[rows] = -1
-        self.oxygen[rows] = self._OXYGEN
+        self._numbers[:, rows] = self._start
         self.surfaced[rows] = True
-        self.spawn_interval[rows] = self.spawn_timer[rows] = self._SPAWN_INTERVAL
-        self.diver_timer[rows] = self._DIVER_INTERVAL
-        self.move_interval[rows] = self._MOVE_INTERVAL
+        self.terminal[rows] = False
+        self.bullet[rows] = self.diver[rows] = self._GONE
+        self.enemy[rows] = self._ENEMY_GONE
+        self.leftward_bullets[rows] = self.rightward_bullets[rows] = False
 
     def act(self, actions: np.ndarray, random: RandomStreams) -> np.ndarray:
         spawning = np.flatnonzero(self.spawn_timer == 0)
@@ -593,12 +606,12 @@ class Seaquest:
             self._surface(surfacing, rewards)
         return rewards
 
-    @staticmethod
-    def _append(rows: np.ndarray, places: np.ndarray, *others: np.ndarray) -> None:
+    def _append(self, rows: np.ndarray, places: np.ndarray, *others: np.ndarray) -> None:
         """Make room for a newer one: the second, where there is one, becomes the first."""
-        rows = rows[places[rows, 1] != 0]
-        for values in (places, *others):
-            values[rows, 0] = values[rows, 1]
+        rows = rows[places[rows, 1] != self._GONE]
+        if len(rows):
+            for values in (places, *others):
+                values[rows, 0] = values[rows, 1]
 
     def _spawn_enemies(self, rows: np.ndarray, random: RandomStreams) -> None:
         self.spawn_timer[rows] = self.spawn_interval[rows]
@@ -607,10 +620,14 @@ class Seaquest:
         shoots = uniforms[:, 1] < 1 / 3
         y = 1 + (uniforms[:, 2] * 8).astype(np.int64)
         # None comes into a row where others swim the other way.
-        blocked = (self.enemy[rows] // 12 == y[:, None]) & (self.enemy_direction[rows] != direction[:, None])
+        width = int(self.enemies.max())
+        blocked = self.enemy[rows, :width] // 12 == y[:, None]
+        blocked &= self.enemy_direction[rows, :width] != direction[:, None]
         free = ~blocked.any(1)
         rows, direction, shoots, y = rows[free], direction[free], shoots[free], y[free]
-        self._close_gaps(rows[self.enemies[rows] % 8 == 7])
+        full = rows[self.enemies[rows] % 8 == 7]
+        if len(full):
+            self._close_gaps(full)
         place = self.enemies[rows]
         self.enemy[rows, place] = y * 12 + np.where(direction > 0, 1, 10)
         self.enemy_direction[rows, place] = direction
@@ -620,17 +637,10 @@ class Seaquest:
         self.enemies[rows] += 1
 
     def _close_gaps(self, rows: np.ndarray) -> None:
-        there = self.enemy[rows] != 0
-        order = np.argsort(~there, axis=1, kind="stable")
-        for values in (
-            self.enemy,
-            self.enemy_direction,
-            self.enemy_move_timer,
-            self.enemy_shot_timer,
-            self.enemy_shoots,
-        ):
-            values[rows] = values[rows[:, None], order]
-        self.enemies[rows] = there.sum(1)
+        gone = self.enemy[rows] == self._ENEMY_GONE
+        order = np.argsort(gone, axis=1, kind="stable")
+        self._enemies[:, rows] = self._enemies[:, rows[:, None], order]
+        self.enemies[rows] = self._ENEMIES - gone.sum(1)
 
     def _spawn_divers(self, rows: np.ndarray, random: RandomStreams) -> None:
         self.diver_timer[rows] = self._DIVER_INTERVAL
@@ -644,63 +654,72 @@ class Seaquest:
 
     def _move_bullets(self, width: int, rewards: np.ndarray) -> None:
         """Each hits the oldest fish where it comes, else the oldest submarine."""
-        self.bullet += self.bullet_direction * (self.bullet != 0)
-        np.copyto(self.bullet, 0, where=self._OUTSIDE[self.bullet])
+        self.bullet += self.bullet_direction
+        np.copyto(self.bullet, self._GONE, where=self._OUTSIDE[self.bullet])
+        enemy = self.enemy[:, :width]
         for newer in (1, 0):
-            bullet = self.bullet[:, newer]
-            met = (self.enemy[:, :width] == bullet[:, None]) & (bullet != 0)[:, None]
-            rows = np.flatnonzero(met.any(1))
-            if len(rows):
+            met = enemy == self.bullet[:, newer : newer + 1]
+            if met.any():
+                rows = np.flatnonzero(met.any(1))
                 rank = np.arange(width) + width * self.enemy_shoots[rows, :width]
                 hit = np.where(met[rows], rank, 2 * width).argmin(1)
-                self.enemy[rows, hit] = 0
-                self.bullet[rows, newer] = 0
+                enemy[rows, hit] = self._ENEMY_GONE
+                self.bullet[rows, newer] = self._GONE
                 rewards[rows] += 1
 
     def _move_divers(self, newer: int, here: np.ndarray) -> None:
         diver, timer = self.diver[:, newer], self.diver_move_timer[:, newer]  # views
         picked = (diver == here) & (self.rescued < 6)
-        moving = (timer == 0) & (diver != 0) & ~picked
+        moving = (timer == 0) & ~picked
         timer -= 1
         np.copyto(timer, self._DIVER_MOVE_INTERVAL, where=moving)
         diver += self.diver_direction[:, newer] * moving
         picked |= moving & (diver == here) & (self.rescued < 6)
         self.rescued += picked
-        np.copyto(diver, 0, where=picked | self._OUTSIDE[diver])
+        np.copyto(diver, self._GONE, where=picked | self._OUTSIDE[diver])
 
     def _move_enemies(self, width: int, here: np.ndarray, rewards: np.ndarray) -> None:
         enemy, timer = self.enemy[:, :width], self.enemy_move_timer[:, :width]  # views, as are the others
         shot_timer, shoots = self.enemy_shot_timer[:, :width], self.enemy_shoots[:, :width]
-        there = enemy != 0
-        self.terminal |= (enemy == here[:, None]).any(1)
-        moving = (timer == 0) & there
+        direction = self.enemy_direction[:, :width]
+        was_here = enemy == here[:, None]
+        moving = timer == 0
         timer -= 1
         np.copyto(timer, self.move_interval[:, None], where=moving)
-        enemy += self.enemy_direction[:, :width] * moving
-        self.terminal |= (enemy == here[:, None]).any(1)
+        enemy += direction * moving
+        is_here = enemy == here[:, None]
+        self.terminal |= (was_here | is_here).any(1)
 
-        shooting = (shot_timer == 0) & shoots & there
+        shooting = (shot_timer == 0) & (shoots != 0)
         shot_timer -= 1
         np.copyto(shot_timer, self._ENEMY_SHOT_INTERVAL, where=shooting)
-        # The package's submarines shoot even where they are hit at that moment.
-        rows, places = np.nonzero(shooting)
-        cells, rightwards = enemy[rows, places], self.enemy_direction[rows, places] > 0
-        self.rightward_bullets[rows[rightwards], cells[rightwards]] = True
-        self.leftward_bullets[rows[~rightwards], cells[~rightwards]] = True
+        if (
+            shooting.any()
+        ):  # even those that meet a bullet below, and in the package those that leave the screen
+            rows, places = np.nonzero(shooting & ~self._OUTSIDE[enemy])
+            cells, rightwards = enemy[rows, places], direction[rows, places] > 0
+            self.rightward_bullets[rows[rightwards], cells[rightwards]] = True
+            self.leftward_bullets[rows[~rightwards], cells[~rightwards]] = True
 
-        np.copyto(enemy, 0, where=self._OUTSIDE[enemy])
-        met = moving & (enemy != 0) & (enemy != here[:, None])
-        met &= (enemy == self.bullet[:, :1]) | (enemy == self.bullet[:, 1:])
+        met = ((enemy == self.bullet[:, :1]) | (enemy == self.bullet[:, 1:])) & moving & ~is_here
+        if met.any():
+            self._meet_bullets(met, enemy, shoots, rewards)
+        np.copyto(enemy, self._ENEMY_GONE, where=self._OUTSIDE[enemy])
+
+    def _meet_bullets(
+        self, met: np.ndarray, enemy: np.ndarray, shoots: np.ndarray, rewards: np.ndarray
+    ) -> None:
+        """Enemies ran into bullets, ``met``: of each bullet it is a submarine before a fish, and the newest."""
+        width = enemy.shape[1]
         rows = np.flatnonzero(met.any(1))
         while len(rows):  # twice at most: there are two bullets
-            # Submarines come before fish, the newest first. The package takes off its list the first that equals this
-            # one, but another in the same place, with its move behind it, would have been hit by the bullet already.
+            # The package takes off its list the first that equals this one. It is this one: another in the same place
+            # had its move behind it, and the bullet, coming there, would have hit it already.
             hit = np.where(met[rows], 1 + np.arange(width) + width * shoots[rows], 0).argmax(1)
             bullet = (self.bullet[rows, 0] != enemy[rows, hit]).astype(np.int64)
-            self.bullet[rows, bullet] = 0
-            enemy[rows, hit] = 0
+            self.bullet[rows, bullet] = self._GONE
+            enemy[rows, hit] = self._ENEMY_GONE
             rewards[rows] += 1
-            met[rows, hit] = False
             met[rows] &= (enemy[rows] == self.bullet[rows, :1]) | (enemy[rows] == self.bullet[rows, 1:])
             rows = rows[met[rows].any(1)]
 
@@ -718,6 +737,8 @@ class Seaquest:
         empty = self.rescued[rows] == 0
         self.terminal[rows[empty]] = True
         rows = rows[~empty]
+        if not len(rows):
+            return
         self.surfaced[rows] = True
         full = rows[self.rescued[rows] == 6]
         rewards[full] += self.oxygen[full] * 10 // self._OXYGEN
@@ -733,28 +754,26 @@ class Seaquest:
     def planes(self, rows: Rows) -> np.ndarray:
         x, y = self.x[rows], self.y[rows]
         planes, flat, first = _canvas(len(x), self.channels)
-        cell = first + (y * 10 + x) * 10
-        flat[cell] = True
-        flat[cell - 10 * self.facing[rows] + 1] = True
-        self._draw(flat, first, 2, self.bullet[rows])
+        submarine = first + (y * 10 + x) * 10
+        flat[submarine] = True
+        flat[submarine - 10 * self.facing[rows] + 1] = True
         enemy_bullets = (self.leftward_bullets[rows] | self.rightward_bullets[rows]).reshape(-1, 10, 12)
         planes.reshape(-1, 10, 10, 10)[..., 4] = enemy_bullets[:, :, 1:11]
-        width = int(self.enemies[rows].max(initial=0))
-        enemy, direction = self.enemy[rows, :width], self.enemy_direction[rows, :width]
-        self._draw(flat, first, 5 + self.enemy_shoots[rows, :width], enemy)
-        self._draw(flat, first, 3, (enemy - direction) * (enemy != 0))
         columns = np.arange(10)
         planes[:, 90:, 7] = columns < (np.maximum(self.oxygen[rows], 0) * 10 // self._OXYGEN)[:, None]
         planes[:, 90:99, 8] = columns[:9] >= 9 - self.rescued[rows][:, None]
-        diver = self.diver[rows]
-        self._draw(flat, first, 9, diver)
-        self._draw(flat, first, 3, (diver - self.diver_direction[rows]) * (diver != 0))
-        return planes.reshape(-1, 10, 10, self.channels)
 
-    def _draw(self, flat: np.ndarray, first: np.ndarray, plane: int | np.ndarray, cells: np.ndarray) -> None:
-        """Set what is on the screen of ``cells``, [K, n]."""
+        width = int(self.enemies.max())
+        enemy, diver = self.enemy[rows, :width], self.diver[rows]
+        enemy_trail = enemy - self.enemy_direction[rows, :width]
+        diver_trail = diver - self.diver_direction[rows]
+        cells = np.concatenate([self.bullet[rows], diver, diver_trail, enemy_trail, enemy], axis=1)
+        plane = np.empty_like(cells)
+        plane[:, :2], plane[:, 2:4], plane[:, 4 : 6 + width] = 2, 9, 3
+        plane[:, 6 + width :] = 5 + self.enemy_shoots[rows, :width]
         seen = ~self._OUTSIDE[cells]
         flat[(first[:, None] + self._ON_SCREEN[cells] * 10 + plane)[seen]] = True
+        return planes.reshape(-1, 10, 10, self.channels)
 
 
 GAMES: dict[str, type[BatchedGame]] = {
