@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
-from stillhouse.checkpoint import save_checkpoint
+from stillhouse.checkpoint import load_checkpoint, save_checkpoint
 from stillhouse.config import parse
 from stillhouse.datasets.reader import Dataset
 from stillhouse.distillation import METHODS
@@ -26,10 +26,21 @@ def distill_student(context: StageContext) -> None:
     module = importlib.import_module(f"stillhouse.distillation.{block['method']}")
     distillation_class, config_class = (getattr(module, name) for name in METHODS[block["method"]])
     config = parse(config_class, block, f"distill_student.{context.name}")
-    datasets = {
-        name: Dataset.open(Path("data/datasets") / f"{name}-s{context.seed}") for name in environments
+    paths = {name: f"data/teachers/{name}-s{context.seed}" for name in environments}
+    # The stage's deps say which of them this method reads.
+    teachers = {
+        name: load_checkpoint(Path(path), context.device)
+        for name, path in paths.items()
+        if path in context.deps
     }
-    distillation = distillation_class(config, datasets, context.seed, context.device)
+    datasets = {
+        name: Dataset.open(
+            Path(f"data/datasets/{name}-s{context.seed}"), teachers[name].digest if name in teachers else ""
+        )
+        for name in environments
+    }
+    networks = {name: teacher.network for name, teacher in teachers.items()}
+    distillation = distillation_class(config, datasets, context.seed, context.device, networks)
     columns = {"eval/agreement": "agreement", "loss/distill": "loss"}
     columns |= {f"agreement/{name}": f"agreement_{name}" for name in environments}
     curve = Curve(context, "updates", columns)

@@ -44,6 +44,15 @@ Names = Annotated[list[Name], Field(min_length=1, max_length=1000)]
 TeacherConfig = Annotated[DQNConfig | PQNConfig | PPOConfig, Field(discriminator="algorithm")]
 
 
+class CollectParams(CollectConfig):
+    """A dataset: of the teacher's play, or of what it saw while it learnt."""
+
+    from_replay: bool = Field(
+        default=False,
+        description="dqn: keep the newest transitions of its replay, labelled by the final teacher",
+    )
+
+
 class OfflineParams(DistillationConfig):
     """A student of datasets: which environments' teachers made them, and how it learns."""
 
@@ -91,7 +100,7 @@ class Params(Config):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     environments: dict[Name, EnvironmentConfig] = Field(min_length=1)
     train_teacher: dict[Name, TeacherConfig] = Field(min_length=1)
-    collect_dataset: dict[Name, CollectConfig] = Field(default_factory=dict)
+    collect_dataset: dict[Name, CollectParams] = Field(default_factory=dict)
     distill_student: dict[Name, StudentParams] = Field(default_factory=dict)
     fine_tune: dict[Name, TransferParams] = Field(default_factory=dict)
     evaluate: EvaluationConfig = EvaluationConfig()
@@ -110,6 +119,11 @@ class Params(Config):
             check(name, environments, "train_teacher", "environment")
         for name in self.collect_dataset:
             check(name, teachers, "collect_dataset", "environment with a teacher")
+            algorithm = self.train_teacher[name].algorithm
+            if self.collect_dataset[name].from_replay and algorithm != "dqn":
+                raise ValueError(
+                    f"collect_dataset.{name}.from_replay: a dqn teacher is allowed, which keeps a replay; {name}'s is {algorithm}"
+                )
         for name, student in self.distill_student.items():
             for source in student.environments:
                 check(source, teachers, f"distill_student.{name}.environments", "environment with a teacher")

@@ -114,6 +114,7 @@ def stages_of(params: Params) -> list[Stage]:
         return user_module_files(params.environments[environment].module)
 
     for name, teacher in sorted(params.train_teacher.items()):
+        collect = params.collect_dataset[name]
         for seed in seeds:
             base = f"data/teachers/{name}-s{seed}"
             stages.append(
@@ -134,12 +135,17 @@ def stages_of(params: Params) -> list[Stage]:
                 Stage(
                     name=stage_name("collect_dataset", name, seed=seed),
                     argv=python("collect_dataset", name, "--seed", str(seed)),
-                    deps=[code("collect_dataset"), base, *module_files(name)],
+                    deps=[
+                        code("collect_dataset"),
+                        base,
+                        *([f"data/training_state/{name}-s{seed}"] if collect.from_replay else []),
+                        *module_files(name),
+                    ],
                     params=[f"environments.{name}", f"collect_dataset.{name}"],
                     outs=[dataset],
                     metrics=[f"{dataset}.json"],
                     environments=[name],
-                    cost=params.collect_dataset[name].transitions / 10_000,
+                    cost=collect.transitions / 10_000,
                 )
             )
     for name, student in sorted(params.distill_student.items()):
@@ -152,6 +158,7 @@ def stages_of(params: Params) -> list[Stage]:
                     argv=python("distill_student", name, "--seed", str(seed)),
                     deps=[code("distill_student", student.method)]
                     + [f"data/datasets/{source}-s{seed}" for source in sources]
+                    + [f"data/teachers/{source}-s{seed}" for source in sources if student.feature_weight]
                     + [path for source in sources for path in module_files(source)],
                     params=[f"distill_student.{name}", *(f"environments.{source}" for source in sources)],
                     outs=[base],

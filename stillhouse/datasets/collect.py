@@ -20,7 +20,7 @@ from stillhouse.envs.vector import VectorEnvironment
 from stillhouse.errors import StillhouseError
 from stillhouse.exploration import epsilon_greedy
 from stillhouse.files import replace_folder, write_json
-from stillhouse.types import OutputKind, Policy, Report
+from stillhouse.types import EnvironmentSpec, OutputKind, Policy, Report
 
 NO_MINIMUM = -1e9
 
@@ -93,25 +93,13 @@ def collect(
             little space on the disk.
     """
     if teacher.mean_return is not None:
-        _check_return(teacher.mean_return, "its greedy validation episodes", config)
+        check_return(teacher.mean_return, "its greedy validation episodes", config)
     envs = VectorEnvironment(environment, config.num_envs, seed, "collect")
     spec = envs.spec
     size = row_bytes(spec) * config.transitions
     yield Report(0, config.transitions, {"dataset/bytes": float(size)})
-    if size > config.maximum_bytes:
-        raise StillhouseError(
-            f"{path}: the dataset takes {size / 1e6:.0f} MB ({config.transitions} transitions of {row_bytes(spec)} bytes), and "
-            f"maximum_bytes allows {config.maximum_bytes / 1e6:.0f} MB; raise maximum_bytes, or lower transitions to "
-            f"{config.maximum_bytes // row_bytes(spec)}"
-        )
+    check_size(spec, config.transitions, config.maximum_bytes, path)
     random = seeding.generator(seed, "collect", "epsilon")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(path.parent).free
-    if size > free:
-        raise StillhouseError(
-            f"{path}: the dataset takes {size / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are free; free "
-            f"space or lower transitions ({config.transitions})"
-        )
 
     with replace_folder(path) as folder:
         writer = ShardWriter(folder, spec, config.transitions + config.num_envs - 1)
@@ -165,7 +153,7 @@ def collect(
                 yield _report(done, config.transitions, ended_episodes, mean_return)
         envs.close()
         if teacher.mean_return is None:
-            _check_return(mean_return, f"{ended_episodes} collected episodes", config)
+            check_return(mean_return, f"{ended_episodes} collected episodes", config)
         writer.close()
         schema = DatasetSchema(
             environment_id=environment.id,
@@ -190,7 +178,34 @@ def _report(done: int, total: int, episodes: int, mean_return: float | None) -> 
     return Report(done, total, metrics)
 
 
-def _check_return(mean_return: float | None, source: str, config: CollectConfig) -> None:
+def check_size(environment: EnvironmentSpec, transitions: int, maximum_bytes: int, path: Path) -> None:
+    """Refuse a dataset at ``path`` that is too large.
+
+    Raises:
+        StillhouseError: it would take more than ``maximum_bytes``, or than the disk has free.
+    """
+    size = row_bytes(environment) * transitions
+    if size > maximum_bytes:
+        raise StillhouseError(
+            f"{path}: the dataset takes {size / 1e6:.0f} MB ({transitions} transitions of {row_bytes(environment)} bytes), "
+            f"and maximum_bytes allows {maximum_bytes / 1e6:.0f} MB; raise maximum_bytes, or lower transitions to "
+            f"{maximum_bytes // row_bytes(environment)}"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(path.parent).free
+    if size > free:
+        raise StillhouseError(
+            f"{path}: the dataset takes {size / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are free; free "
+            f"space or lower transitions ({transitions})"
+        )
+
+
+def check_return(mean_return: float | None, source: str, config: CollectConfig) -> None:
+    """Refuse a weak teacher.
+
+    Raises:
+        StillhouseError: its mean return is below ``minimum_return``, and weak teachers are not allowed.
+    """
     if config.allow_weak_teacher or config.minimum_return == NO_MINIMUM:
         return
     if mean_return is None:

@@ -35,7 +35,9 @@ class DatasetSchema(Config):
     output: OutputKind = Field(description="what the teacher's outputs are")
     teacher: str = Field(description="SHA-256 of the teacher's manifest")
     teacher_parameters: int = Field(ge=0, description="number of the teacher's weights")
-    epsilon: float = Field(ge=0, le=1, description="share of random actions in the teacher's play")
+    epsilon: float | None = Field(
+        ge=0, le=1, description="share of random actions in the teacher's play; null: a learner's replay"
+    )
     shard_rows: list[int] = Field(description="transitions in each shard")
     episodes: int = Field(ge=0)
     mean_return: float | None = Field(

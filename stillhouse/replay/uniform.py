@@ -14,7 +14,8 @@ class UniformReplay:
 
     A transition is (s, a, R, discount, s'): R the discounted sum of up to ``n_step`` rewards, discount gamma to the
     number of rewards summed, or 0 where the episode terminated, s' the observation after the last of them (the true
-    final observation at an episode's end). An n-step sum stops at an episode's end of either kind.
+    final observation at an episode's end). An n-step sum stops at an episode's end of either kind. Besides, each row knows its
+    own reward and its place in its episode, so that what was played can be told from the replay.
 
     Args:
         observation: what is stored; planes are kept as bits.
@@ -42,12 +43,21 @@ class UniformReplay:
         self._actions = np.zeros(capacity, np.int64)
         self._returns = np.zeros(capacity, np.float32)
         self._discounts = np.zeros(capacity, np.float32)
+        self._rewards = np.zeros(capacity, np.float32)
+        self._places_in_episodes = np.zeros(
+            (capacity, 3), np.uint32
+        )  # episode, step in it, steps to its end or 0 where the sum did not reach it
         # The last n steps of each copy, whose sums are still growing; age counts the rewards summed so far, 0 is free.
         self._open_observations = np.zeros((n_step, num_envs, *stored), dtype)
         self._open_actions = np.zeros((n_step, num_envs), np.int64)
         self._open_returns = np.zeros((n_step, num_envs), np.float32)
         self._open_age = np.zeros((n_step, num_envs), np.int64)
+        self._open_rewards = np.zeros((n_step, num_envs), np.float32)
+        self._open_places_in_episodes = np.zeros((n_step, num_envs, 3), np.uint32)
         self._open_slot = 0
+        self._place = np.zeros((num_envs, 3), np.uint32)  # each copy's episode and step
+        self._next_episode = 0
+        self._begin_episodes(np.ones(num_envs, np.bool_))
 
     def add(
         self,
@@ -65,6 +75,8 @@ class UniformReplay:
         self._open_actions[slot] = actions
         self._open_returns[slot] = 0
         self._open_age[slot] = valid
+        self._open_rewards[slot] = rewards
+        self._open_places_in_episodes[slot] = self._place
         growing = (self._open_age > 0) & valid
         self._open_returns += growing * np.float32(self._gamma) ** (self._open_age - 1).clip(0) * rewards
         finished = growing & ((self._open_age == self._n_step) | terminated | truncated)
@@ -78,11 +90,23 @@ class UniformReplay:
             ages = self._open_age[slots, rows]
             self._discounts[places] = np.where(terminated[rows], 0, np.float32(self._gamma) ** ages)
             self._successors[places] = self._pack(successors)[rows]
+            self._rewards[places] = self._open_rewards[slots, rows]
+            self._places_in_episodes[places] = self._open_places_in_episodes[slots, rows]
+            self._places_in_episodes[places, 2] = np.where(terminated[rows] | truncated[rows], ages, 0)
             self._next = (self._next + count) % self.capacity
             self.size = min(self.size + count, self.capacity)
             self._open_age[finished] = 0
         self._open_age += self._open_age > 0
         self._open_slot = (slot + 1) % self._n_step
+        self._place[:, 1] += valid
+        if (ended := valid & (terminated | truncated)).any():
+            self._begin_episodes(ended)
+
+    def _begin_episodes(self, copies: np.ndarray) -> None:
+        count = int(copies.sum())
+        self._place[copies, 0] = self._next_episode + np.arange(count)
+        self._place[copies, 1] = 0
+        self._next_episode += count
 
     def sample(self, count: int, generator: np.random.Generator) -> tuple[np.ndarray, ...]:
         """``count`` transitions: observations, actions, returns, discounts, successors, each [count, ...]."""
@@ -98,6 +122,7 @@ class UniformReplay:
     def drop_open(self) -> None:
         """Forget the sums that still grow: the episodes they belong to were cut."""
         self._open_age[:] = 0
+        self._begin_episodes(np.ones(len(self._place), np.bool_))
 
     def get_state(self) -> dict[str, Any]:
         """The filled part, as arrays."""
@@ -105,6 +130,7 @@ class UniformReplay:
             "size": self.size,
             "next": self._next,
             "open_slot": self._open_slot,
+            "next_episode": self._next_episode,
             **{name: getattr(self, f"_{name}")[: self.size].copy() for name in self._stored()},
             **{name: getattr(self, f"_{name}").copy() for name in self._open()},
         }
@@ -112,6 +138,7 @@ class UniformReplay:
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue from ``get_state``; the capacity must be at least the saved size."""
         self.size, self._next, self._open_slot = state["size"], state["next"], state["open_slot"]
+        self._next_episode = state["next_episode"]
         for name in self._stored():
             getattr(self, f"_{name}")[: self.size] = state[name]
         for name in self._open():
@@ -119,11 +146,27 @@ class UniformReplay:
 
     @staticmethod
     def _stored() -> tuple[str, ...]:
-        return "observations", "successors", "actions", "returns", "discounts"
+        return (
+            "observations",
+            "successors",
+            "actions",
+            "returns",
+            "discounts",
+            "rewards",
+            "places_in_episodes",
+        )
 
     @staticmethod
     def _open() -> tuple[str, ...]:
-        return "open_observations", "open_actions", "open_returns", "open_age"
+        return (
+            "open_observations",
+            "open_actions",
+            "open_returns",
+            "open_age",
+            "open_rewards",
+            "open_places_in_episodes",
+            "place",
+        )
 
     def _pack(self, observations: np.ndarray) -> np.ndarray:
         return (

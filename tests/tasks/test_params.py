@@ -100,6 +100,11 @@ def test_the_written_parameters_are_complete_and_the_same():
         (["budget=0"], ["budget", "0"]),
         (["distill_student.environments=[pong]"], ["pong", "environment with a teacher"]),
         (["fine_tune.cartpole-long.student=smal"], ["smal", "did you mean", "small"]),
+        (
+            ["collect_dataset.breakout.from_replay=true"],
+            ["collect_dataset.breakout.from_replay", "dqn", "pqn"],
+        ),
+        (["distill_student.method=onpolicy"], ["method", "'onpolicy'", "'offline'"]),
         (["nonsense"], ["nonsense", "key=value"]),
         (["a b=1"], ["a b=1", "key=value"]),
         (["seeds=[1"], ["seeds=[1", "cannot be read"]),

@@ -81,6 +81,32 @@ def test_exact_inputs(project):
     assert stages["train_teacher-cartpole-s0"].params == ["environments.cartpole", "train_teacher.cartpole"]
 
 
+def test_inputs_follow_the_options(project):
+    options = ["distill_student.small.feature_weight=0.01", "collect_dataset.cartpole.from_replay=true"]
+    stages = by_name(make_plan("quickstart", options))
+    student = stages["distill_student-small-s1"].deps
+    assert {"data/teachers/cartpole-s1", "data/teachers/acrobot-s1", "data/teachers/breakout-s1"} < set(
+        student
+    )
+    assert "data/training_state/cartpole-s0" in stages["collect_dataset-cartpole-s0"].deps
+    assert "data/training_state/acrobot-s0" not in stages["collect_dataset-acrobot-s0"].deps
+
+
+def test_committed_studies_are_inputs_of_the_published_page(project):
+    assert by_name(make_plan("smoke", []))["publish_results"].deps == ["data/code/publish_results.json"]
+    folder = Path("benchmarks/results/policy_distillation")
+    folder.mkdir(parents=True)
+    for name in ("online", "losses"):
+        (folder / f"{name}.json").write_text("{}")
+    with pytest.raises(StillhouseError, match="stale"):
+        check_plan()
+    stage = by_name(make_plan("smoke", []))["publish_results"]
+    assert stage.deps[1:] == [f"{folder}/losses.json", f"{folder}/online.json"]
+    assert stage.in_git == ["docs/results/policy-distillation.md", "docs/results/online-distillation.svg"]
+    row = YAML(typ="safe").load(DVC_YAML.read_text())["stages"]["publish_results"]
+    assert {"docs/results/policy-distillation.md": {"cache": False, "persist": True}} in row["outs"]
+
+
 def test_a_smaller_list_leaves_nothing_behind(project):
     full = by_name(make_plan("quickstart", []))
     assert "train_teacher-acrobot-s1" in full

@@ -1,0 +1,130 @@
+"""Stage bodies on a small scale, in this process: what they read, what they refuse, what they leave."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from stillhouse.agents import make_learner
+from stillhouse.checkpoint import load_checkpoint, save_checkpoint, save_state
+from stillhouse.datasets.reader import Dataset
+from stillhouse.envs.make import EnvironmentConfig
+from stillhouse.errors import StillhouseError
+from tasks.collect_dataset import collect_dataset
+from tasks.distill_student import distill_student
+from tasks.evaluate import evaluate_environment
+
+SIZE = {"features": 8, "torso": [8]}
+CARTPOLE: dict[str, Any] = {"id": "CartPole-v1"}
+DQN = {"algorithm": "dqn", "env_steps": 400, "learning_starts": 50, "n_step": 3, "network": SIZE}
+
+
+@pytest.fixture(autouse=True)
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+    return tmp_path
+
+
+def context(name: str, deps: list[str], **blocks: Any) -> Any:
+    """What a stage body is given, with nothing to resume from."""
+
+    def block(key: str) -> Any:
+        found: Any = {"environments": {"cartpole": CARTPOLE}, **blocks}
+        for part in key.split("."):
+            found = found[part]
+        return found
+
+    return SimpleNamespace(
+        name=name,
+        stage=f"stage-{name}-s0",
+        mode="",
+        seed=0,
+        device="cpu",
+        deps=deps,
+        block=block,
+        progress=SimpleNamespace(update=lambda *_: None),
+        scratch=SimpleNamespace(load=lambda: None, due=lambda: False),
+    )
+
+
+def train(seed: int = 0) -> str:
+    """A DQN teacher as `train_teacher` leaves it; its digest."""
+    learner = make_learner(DQN, "cartpole", EnvironmentConfig(**CARTPOLE), seed)
+    for _ in learner.train():
+        pass
+    save_state(Path("data/training_state/cartpole-s0"), learner.get_state())
+    save_checkpoint(
+        Path("data/teachers/cartpole-s0"), learner.network, {"environments": {"cartpole": CARTPOLE}}
+    )
+    return load_checkpoint(Path("data/teachers/cartpole-s0")).digest
+
+
+def collect(**settings: Any) -> Dataset:
+    block = {"transitions": 600, "from_replay": False, **settings}
+    collect_dataset(context("cartpole", [], collect_dataset={"cartpole": block}))
+    return Dataset.open(Path("data/datasets/cartpole-s0"))
+
+
+def distill(**settings: Any) -> None:
+    block = {"method": "offline", "environments": ["cartpole"], "updates": 4, "evaluation_interval": 2}
+    block |= {"batch_size": 16, "size": SIZE, **settings}
+    deps = ["data/datasets/cartpole-s0"]
+    deps += ["data/teachers/cartpole-s0"] if settings.get("feature_weight") else []
+    distill_student(context("small", deps, distill_student={"small": block}))
+
+
+def judge() -> dict[str, Any]:
+    deps = ["data/students/small-s0", "data/teachers/cartpole-s0"]
+    evaluate_environment(context("cartpole", deps, evaluate={"episodes": 2}))
+    found: dict[str, Any] = json.loads(Path("data/evaluation/cartpole-s0.json").read_text())
+    return found
+
+
+def test_the_size_is_said_before_anything_is_done_and_refused_beyond_the_limit(capsys, monkeypatch) -> None:
+    train()
+    monkeypatch.setattr(sys.modules["tasks.collect_dataset"], "evaluate", None)  # no episode may be played
+    with pytest.raises(StillhouseError, match=r"600 transitions of \d+ bytes.*maximum_bytes"):
+        collect(maximum_bytes=1000)
+    assert "stage-cartpole-s0: will take 0.0 MiB" in capsys.readouterr().err
+    assert not Path("data/datasets/cartpole-s0").exists()
+
+
+def test_a_dataset_of_the_replay_is_labelled_by_the_final_teacher() -> None:
+    digest = train()
+    dataset = collect(from_replay=True)
+    assert dataset.schema.teacher == digest
+    assert dataset.schema.epsilon is None
+    assert 300 <= len(dataset) <= 408
+    network = load_checkpoint(Path("data/teachers/cartpole-s0")).network
+    rows = torch.arange(len(dataset)).numpy()
+    with torch.inference_mode():
+        outputs = network(torch.from_numpy(dataset.observations(rows)), "cartpole").numpy()
+    assert dataset.outputs(rows) == pytest.approx(outputs, abs=1e-5)
+    assert json.loads(Path("data/datasets/cartpole-s0.json").read_text())["transitions"] == len(dataset)
+    distill()  # it can be learnt from
+
+
+def test_a_student_is_judged_against_the_teacher_it_learnt_from() -> None:
+    train()
+    collect()
+    distill(feature_weight=0.01)
+    found = judge()
+    assert set(found["students"]) == {"small"}
+    assert found["joint"] == {}
+    assert train(seed=1) != Dataset.open(Path("data/datasets/cartpole-s0")).schema.teacher
+    with pytest.raises(
+        StillhouseError, match=r"small-s0: learnt cartpole from the teacher \w+, but data/teachers/ holds"
+    ) as caught:
+        judge()
+    assert "\n" not in str(caught.value)
+    with pytest.raises(
+        StillhouseError, match=r"cartpole-s0: played by the teacher \w+, but the checkpoint named is"
+    ):
+        distill(feature_weight=0.01)
