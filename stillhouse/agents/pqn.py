@@ -37,7 +37,7 @@ from stillhouse.losses.td import td_loss
 from stillhouse.networks.multi_task import MultiTaskNetwork, NetworkSize
 from stillhouse.networks.parameters import FlatParameters
 from stillhouse.returns import lambda_returns
-from stillhouse.types import Report
+from stillhouse.types import Policy, Report
 
 
 class PQNConfig(Config):
@@ -73,6 +73,127 @@ class PQNConfig(Config):
         return self
 
 
+class Rollout:
+    """T x B transitions of one environment and their Q(lambda) returns; what :meth:`act` overwrites each time.
+
+    Args:
+        config: rollout length, discount, trace.
+        envs: the copies to act in, B of them.
+        outputs: the network's Q-values.
+        exploration: random actions are drawn from it.
+        reward_scale: rewards are multiplied by it.
+
+    Attributes:
+        env_steps, episodes: so far.
+        recent_returns: of the last 100 episodes.
+    """
+
+    def __init__(
+        self,
+        config: PQNConfig,
+        envs: VectorEnvironment,
+        outputs: Policy,
+        exploration: np.random.Generator,
+        reward_scale: float,
+    ) -> None:
+        self.config = config
+        self.envs = envs
+        self.env_steps = 0
+        self.episodes = 0
+        self.recent_returns: deque[float] = deque(maxlen=100)
+        self._outputs = outputs
+        self._exploration = exploration
+        self._reward_scale = reward_scale
+        self._now = envs.reset()
+        observation = envs.spec.observation
+        steps, copies = config.rollout_length, envs.num_envs
+        self._observations = np.zeros((steps, copies, *observation.stored_shape), observation.dtype)
+        self._actions = np.zeros((steps, copies), np.int64)
+        self._rewards = np.zeros((steps, copies), np.float32)
+        self._discounts = np.zeros((steps, copies), np.float32)
+        self._traces = np.zeros((steps, copies), np.float32)
+        self._valid = np.zeros((steps, copies), np.bool_)
+        self._values = np.zeros((steps, copies), np.float32)
+
+    @property
+    def observations(self) -> Tensor:
+        """As they were acted on, [T * B, ...]."""
+        return torch.from_numpy(self._observations).flatten(0, 1)
+
+    @property
+    def actions(self) -> Tensor:
+        """Taken there, int64 [T * B]."""
+        return torch.from_numpy(self._actions).flatten()
+
+    @property
+    def rows(self) -> Tensor:
+        """Numbers of the rows that are transitions, int64."""
+        return torch.from_numpy(np.flatnonzero(self._valid))
+
+    @property
+    def mean_value(self) -> float:
+        """Mean greedy value of the last rollout's successors."""
+        return float(self._values.mean())
+
+    def act(self, epsilon: float) -> None:
+        """Take T steps in every copy, a share ``epsilon`` of them at random."""
+        config = self.config
+        observations = self._now
+        truncations: list[tuple[int, np.ndarray, np.ndarray]] = []
+        for t in range(config.rollout_length):
+            values = self._outputs(observations)
+            if t:
+                self._values[t - 1] = values.max(axis=1)
+            actions = epsilon_greedy(values, epsilon, self._exploration)
+            step = self.envs.step(actions)
+            self._observations[t] = observations
+            self._actions[t] = actions
+            self._rewards[t] = step.rewards * self._reward_scale
+            self._discounts[t] = config.gamma * ~step.terminated
+            self._traces[t] = config.trace * ~(step.terminated | step.truncated)
+            self._valid[t] = step.valid
+            at_limit = step.truncated[step.ended]
+            if at_limit.any():
+                final = self._outputs(step.final_observations[at_limit]).max(axis=1)
+                truncations.append((t, step.ended[at_limit], final))
+            self.episodes += len(step.ended)
+            self.recent_returns.extend(step.episode_returns.tolist())
+            observations = step.observations
+        self._values[-1] = self._outputs(observations).max(axis=1)
+        # At the end: the step after a truncation wrote the new episode's first value into its row.
+        for t, copies, final in truncations:
+            self._values[t, copies] = final
+        self._now = observations
+        self.env_steps += int(self._valid.sum())
+
+    def returns(self) -> Tensor:
+        """Q(lambda) returns, float32 [T * B]."""
+        return lambda_returns(
+            torch.from_numpy(self._rewards),
+            torch.from_numpy(self._discounts),
+            torch.from_numpy(self._traces),
+            torch.from_numpy(self._values),
+        ).flatten()
+
+    def get_state(self) -> dict[str, Any]:
+        """What acting goes on from."""
+        return {
+            "envs": self.envs.get_state(),
+            "env_steps": self.env_steps,
+            "episodes": self.episodes,
+            "recent_returns": list(self.recent_returns),
+            "exploration": self._exploration.bit_generator.state,
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continue from ``get_state``."""
+        self._now = self.envs.set_state(state["envs"])
+        self.env_steps = state["env_steps"]
+        self.episodes = state["episodes"]
+        self.recent_returns = deque(state["recent_returns"], maxlen=100)
+        self._exploration.bit_generator.state = state["exploration"]
+
+
 class PQN:
     """The learner: construct, then iterate :meth:`train`.
 
@@ -99,21 +220,19 @@ class PQN:
         self.envs = envs
         self.parameters = FlatParameters(network, config.learning_rate)
         self.device = self.parameters.values.device
-        self.env_steps = 0
-        self.episodes = 0
-        self.recent_returns: deque[float] = deque(maxlen=100)
-        self._exploration = seeding.generator(seed, "exploration")
+        exploration = seeding.generator(seed, "exploration")
+        self.rollout = Rollout(config, envs, self.outputs, exploration, config.reward_scale)
         self._shuffling = seeding.torch_generator(seed, "shuffling")
-        self._observations = envs.reset()
-        observation = envs.spec.observation
-        steps, copies = config.rollout_length, envs.num_envs
-        self._rollout_observations = np.zeros((steps, copies, *observation.stored_shape), observation.dtype)
-        self._rollout_actions = np.zeros((steps, copies), np.int64)
-        self._rollout_rewards = np.zeros((steps, copies), np.float32)
-        self._rollout_discounts = np.zeros((steps, copies), np.float32)
-        self._rollout_traces = np.zeros((steps, copies), np.float32)
-        self._rollout_valid = np.zeros((steps, copies), np.bool_)
-        self._rollout_values = np.zeros((steps, copies), np.float32)
+
+    @property
+    def env_steps(self) -> int:
+        """Taken so far."""
+        return self.rollout.env_steps
+
+    @property
+    def episodes(self) -> int:
+        """Ended so far."""
+        return self.rollout.episodes
 
     def train(self) -> Iterator[Report]:
         """Act and learn until the budget is spent; a report per rollout.
@@ -121,27 +240,22 @@ class PQN:
         Raises:
             StillhouseError: the loss is not finite.
         """
-        config = self.config
+        config, rollout = self.config, self.rollout
         while self.env_steps < config.env_steps:
-            epsilon = self.epsilon()
-            self._act(epsilon)
-            loss = self._learn()
+            epsilon = exploration_share(config, self.env_steps)
+            learning_rate = decayed_learning_rate(config, self.env_steps)
+            rollout.act(epsilon)
+            loss = self._learn(learning_rate)
             if not np.isfinite(loss):
                 raise StillhouseError(
                     f"PQN's loss became {loss} after {self.env_steps} env steps; no result is written; lower "
                     "learning_rate, or check the environment's rewards and observations"
                 )
             metrics = {"loss/td": loss, "rollout/epsilon": epsilon, "rollout/episodes": float(self.episodes)}
-            metrics["rollout/value"] = float(self._rollout_values.mean())
-            if self.recent_returns:
-                metrics["rollout/return"] = float(np.mean(self.recent_returns))
+            metrics["rollout/value"] = rollout.mean_value
+            if rollout.recent_returns:
+                metrics["rollout/return"] = float(np.mean(rollout.recent_returns))
             yield Report(min(self.env_steps, config.env_steps), config.env_steps, metrics)
-
-    def epsilon(self) -> float:
-        """Share of random actions at present."""
-        config = self.config
-        duration = config.epsilon_fraction * config.env_steps
-        return linear_schedule(config.epsilon_start, config.epsilon_end, duration, self.env_steps)
 
     @torch.inference_mode()
     def outputs(self, observations: np.ndarray) -> np.ndarray:
@@ -151,96 +265,52 @@ class PQN:
         )
         return values
 
-    def _act(self, epsilon: float) -> None:
-        config = self.config
-        observations = self._observations
-        for t in range(config.rollout_length):
-            values = self.outputs(observations)
-            if t:
-                self._rollout_values[t - 1] = values.max(axis=1)
-            actions = epsilon_greedy(values, epsilon, self._exploration)
-            step = self.envs.step(actions)
-            self._rollout_observations[t] = observations
-            self._rollout_actions[t] = actions
-            self._rollout_rewards[t] = step.rewards * config.reward_scale
-            self._rollout_discounts[t] = config.gamma * ~step.terminated
-            self._rollout_traces[t] = config.trace * ~(step.terminated | step.truncated)
-            self._rollout_valid[t] = step.valid
-            self._bootstrap_at_truncations(t, step.truncated, step.ended, step.final_observations)
-            self.episodes += len(step.ended)
-            self.recent_returns.extend(step.episode_returns.tolist())
-            observations = step.observations
-        self._rollout_values[-1] = self.outputs(observations).max(axis=1)
-        self._apply_truncations()
-        self._observations = observations
-        self.env_steps += int(self._rollout_valid.sum())
-
-    def _bootstrap_at_truncations(
-        self, t: int, truncated: np.ndarray, ended: np.ndarray, final: np.ndarray
-    ) -> None:
-        # Kept until the rollout's end: the next step overwrites row t with the new episode's first value.
-        if t == 0:
-            self._truncations: list[tuple[int, np.ndarray, np.ndarray]] = []
-        at_limit = truncated[ended]
-        if at_limit.any():
-            values = self.outputs(final[at_limit]).max(axis=1)
-            self._truncations.append((t, ended[at_limit], values))
-
-    def _apply_truncations(self) -> None:
-        for t, rows, values in self._truncations:
-            self._rollout_values[t, rows] = values
-
-    def _learn(self) -> float:
-        config = self.config
-        returns = lambda_returns(
-            torch.from_numpy(self._rollout_rewards),
-            torch.from_numpy(self._rollout_discounts),
-            torch.from_numpy(self._rollout_traces),
-            torch.from_numpy(self._rollout_values),
-        )
-        rows = torch.from_numpy(np.flatnonzero(self._rollout_valid))
-        observations = torch.from_numpy(self._rollout_observations).flatten(0, 1).to(self.device)
-        actions = torch.from_numpy(self._rollout_actions).flatten().to(self.device)
-        targets = returns.flatten().to(self.device)
-        learning_rate = config.learning_rate
-        if config.learning_rate_decay:
-            learning_rate *= 1 - min(1.0, (self.env_steps - len(rows)) / config.env_steps)
-        size = max(1, len(rows) // config.minibatches)
+    def _learn(self, learning_rate: float) -> float:
+        config, rollout = self.config, self.rollout
+        observations, actions = rollout.observations.to(self.device), rollout.actions.to(self.device)
+        targets = rollout.returns().to(self.device)
         total = torch.zeros((), device=self.device)
-        for _ in range(config.epochs):
-            order = rows[torch.randperm(len(rows), generator=self._shuffling)].to(self.device)
-            for minibatch in order.split(size)[: config.minibatches]:
-                loss = self._update(
-                    observations[minibatch], actions[minibatch], targets[minibatch], learning_rate
-                )
-                total += loss
+        for minibatch in minibatches(config, rollout.rows, self._shuffling):
+            chosen = minibatch.to(self.device)
+            values = self.network(observations[chosen], self.environment)
+            loss = td_loss(values, actions[chosen], targets[chosen], "mse")
+            self.parameters.zero_gradient()
+            loss.backward()
+            self.parameters.step(learning_rate, config.max_gradient_norm)
+            total += loss.detach()
         return float(total) / (config.epochs * config.minibatches)
-
-    def _update(self, observations: Tensor, actions: Tensor, targets: Tensor, learning_rate: float) -> Tensor:
-        loss = td_loss(self.network(observations, self.environment), actions, targets, "mse")
-        self.parameters.zero_gradient()
-        loss.backward()
-        self.parameters.step(learning_rate, self.config.max_gradient_norm)
-        return loss.detach()
 
     def get_state(self) -> dict[str, Any]:
         """The whole training state, between two reports."""
         return {
             "parameters": self.parameters.get_state(),
-            "envs": self.envs.get_state(),
-            "env_steps": self.env_steps,
-            "episodes": self.episodes,
-            "recent_returns": list(self.recent_returns),
-            "exploration": self._exploration.bit_generator.state,
+            **self.rollout.get_state(),
             "shuffling": self._shuffling.get_state(),
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue from ``get_state``."""
         self.parameters.set_state(state["parameters"])
-        self._observations = self.envs.set_state(state["envs"])
-        self.env_steps = state["env_steps"]
-        self.episodes = state["episodes"]
-        self.recent_returns = deque(state["recent_returns"], maxlen=100)
-        self._exploration.bit_generator.state = state["exploration"]
+        self.rollout.set_state(state)
         self._shuffling.set_state(torch.from_numpy(np.array(state["shuffling"])))
+
+
+def exploration_share(config: PQNConfig, env_steps: int) -> float:
+    """Share of random actions after so many env steps."""
+    duration = config.epsilon_fraction * config.env_steps
+    return linear_schedule(config.epsilon_start, config.epsilon_end, duration, env_steps)
+
+
+def decayed_learning_rate(config: PQNConfig, env_steps: int) -> float:
+    """The learning rate after so many env steps."""
+    if not config.learning_rate_decay:
+        return config.learning_rate
+    return config.learning_rate * (1 - min(1.0, env_steps / config.env_steps))
+
+
+def minibatches(config: PQNConfig, rows: Tensor, shuffling: torch.Generator) -> Iterator[Tensor]:
+    """``epochs`` times ``minibatches`` parts of a shuffled rollout, int64 [b]; up to ``minibatches - 1`` rows are dropped."""
+    size = max(1, len(rows) // config.minibatches)
+    for _ in range(config.epochs):
+        order = rows[torch.randperm(len(rows), generator=shuffling)]
+        yield from order.split(size)[: config.minibatches]
