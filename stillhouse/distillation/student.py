@@ -541,7 +541,7 @@ class StudentTraining:
         cost of an operation counts for more than its work.
         """
         size = source.batch_size
-        observation = source.data.schema.environment.observation
+        observation = self.network.spec.environments[source.name].observation
         row_bytes = math.prod(observation.stored_shape) * observation.dtype.itemsize
         while count:
             together = min(count, max(1, _GATHERED_BYTES // (size * max(1, row_bytes))))
