@@ -42,7 +42,7 @@ from stillhouse.datasets.collect import CollectConfig, Teacher, collect
 from stillhouse.datasets.reader import Dataset
 from stillhouse.datasets.schema import SCHEMA_FILE, DatasetSchema, action_gaps
 from stillhouse.datasets.writer import ShardWriter
-from stillhouse.distillation.buffer import BufferFacts, LabelledBuffer
+from stillhouse.distillation.buffer import LabelledBuffer
 from stillhouse.distillation.offline import Distillation, DistillationConfig
 from stillhouse.distillation.student import StudentConfig, StudentTraining
 from stillhouse.envs.make import EnvironmentConfig
@@ -400,9 +400,7 @@ class Unbalanced:
         self.factor = factor
         self.share = share
         whole = dataset.schema
-        self.schema = BufferFacts(
-            whole.environment, whole.output, whole.teacher_parameters, whole.mean_action_gap * factor
-        )
+        self.schema = whole.model_copy(update={"mean_action_gap": whole.mean_action_gap * factor})
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -426,8 +424,8 @@ class Unbalanced:
 IMBALANCE = {"cartpole": (100.0, 0.02), "acrobot": (1.0, 0.1), "breakout": (0.01, 1.0)}
 STUDENT: dict[str, Any] = {
     "batch_size": 128,
-    "updates": 3000,
-    "evaluation_interval": 250,
+    "updates": 2000,
+    "evaluation_interval": 200,
     "patience": 0,
     "size": NetworkSize(conv_channels=8, features=32, torso=(32,), layer_norm=True),
     "parameter_fraction": 0.1,
@@ -530,7 +528,7 @@ def imbalance() -> dict[str, Any]:
                 name: {
                     "agreement": distillation.best[f"agreement/{name}"],
                     "return": float(
-                        evaluate(network_policy(student, name), environment, 50, seed).returns.mean()
+                        evaluate(network_policy(student, name), environment, 32, seed).returns.mean()
                     ),
                 }
                 for name, (environment, _, _) in prepared.items()
