@@ -31,8 +31,14 @@ def _value(number: dict[str, float] | None) -> str:
     return f"{text} [{number['low']:.4g}, {number['high']:.4g}]" if "low" in number else text
 
 
+def networks(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Students and joint networks, by what they are called."""
+    kinds = (("student", "students"), ("joint", "joint"))
+    return {f"{kind} {name}": found for kind, key in kinds for name, found in results[key].items()}
+
+
 def rows(student: dict[str, Any]) -> list[list[str]]:
-    """``COLUMNS`` for each environment of a student, and for the student as a whole."""
+    """``COLUMNS`` for each environment of a student or joint network, and for it as a whole."""
     table = [
         [
             environment,
@@ -74,8 +80,8 @@ def show(workspace: Path, checkout: Path) -> None:
     results = _read(workspace)
     if results is None:
         return
-    for name, student in results["students"].items():
-        _print_table(f"student {name}", COLUMNS, rows(student))
+    for title, network in networks(results).items():
+        _print_table(title, COLUMNS, rows(network))
     if transfer := transfer_rows(results):
         _print_table("transfer", TRANSFER_COLUMNS, transfer)
     report = workspace / REPORT
@@ -123,9 +129,9 @@ def publish(workspace: Path) -> None:
         return
     about = run_facts(workspace)
     table = [
-        {"student": name, **dict(zip(COLUMNS, row, strict=True))}
-        for name, student in results["students"].items()
-        for row in rows(student)
+        {"network": title, **dict(zip(COLUMNS, row, strict=True))}
+        for title, network in networks(results).items()
+        for row in rows(network)
     ]
     create_table_artifact(table, key="results", description=about)
     with contextlib.suppress(OSError):
@@ -145,8 +151,8 @@ def _markdown(results: dict[str, Any], about: str, report: Path) -> str:
         return ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|", *body, ""]
 
     lines = [f"{about}. Full report: `{report}`", ""]
-    for name, student in results["students"].items():
-        lines += [f"### Student {name}", "", *table(COLUMNS, rows(student))]
+    for title, network in networks(results).items():
+        lines += [f"### {title.capitalize()}", "", *table(COLUMNS, rows(network))]
     if transfer := transfer_rows(results):
         lines += ["### Transfer", "", *table(TRANSFER_COLUMNS, transfer)]
     return "\n".join(lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from typing import Any
 
 from stillhouse.checkpoint import load_checkpoint, save_checkpoint
 from stillhouse.config import parse
@@ -17,30 +18,35 @@ from tasks.stage import StageContext, main
 
 
 def distill_student(context: StageContext) -> None:
-    """Datasets to a student's checkpoint, its learning curve and its agreement with each teacher."""
+    """Datasets, teachers or what makes teachers to a student's checkpoint, its learning curve and its agreement."""
     use_one_core()
     block = dict(context.block(f"distill_student.{context.name}"))
     # Sorted: the order of the names in a file must not change the student.
     environments = sorted(block.pop("environments"))
+    method = block["method"]
     # By name: this stage depends on the code of its own method only.
-    module = importlib.import_module(f"stillhouse.distillation.{block['method']}")
-    distillation_class, config_class = (getattr(module, name) for name in METHODS[block["method"]])
+    module = importlib.import_module(f"stillhouse.distillation.{method}")
+    distillation_class, config_class = (getattr(module, name) for name in METHODS[method])
     config = parse(config_class, block, f"distill_student.{context.name}")
-    paths = {name: f"data/teachers/{name}-s{context.seed}" for name in environments}
-    # The stage's deps say which of them this method reads.
+    # The stage's deps say what this method reads.
     teachers = {
-        name: load_checkpoint(Path(path), context.device)
-        for name, path in paths.items()
-        if path in context.deps
-    }
-    datasets = {
-        name: Dataset.open(
-            Path(f"data/datasets/{name}-s{context.seed}"), teachers[name].digest if name in teachers else ""
-        )
+        name: load_checkpoint(Path(f"data/teachers/{name}-s{context.seed}"), context.device)
         for name in environments
+        if f"data/teachers/{name}-s{context.seed}" in context.deps
     }
     networks = {name: teacher.network for name, teacher in teachers.items()}
-    distillation = distillation_class(config, datasets, context.seed, context.device, networks)
+    digests = {name: teacher.digest for name, teacher in teachers.items()}
+    if method == "offline":
+        datasets = {
+            name: Dataset.open(Path(f"data/datasets/{name}-s{context.seed}"), digests.get(name, ""))
+            for name in environments
+        }
+        digests = {name: dataset.schema.teacher for name, dataset in datasets.items()}
+        distillation = distillation_class(config, datasets, context.seed, context.device, networks)
+    else:
+        distillation = distillation_class(
+            config, networks, _environments(context, environments), context.seed, context.device
+        )
     columns = {"eval/agreement": "agreement", "loss/distill": "loss"}
     columns |= {f"agreement/{name}": f"agreement_{name}" for name in environments}
     curve = Curve(context, "updates", columns)
@@ -55,14 +61,19 @@ def distill_student(context: StageContext) -> None:
     path = Path("data/students") / f"{context.name}-s{context.seed}"
     student = distillation.student()
     curve.write(path.with_name(f"{path.name}.csv"))
+    best = distillation.best
     write_json(
         path.with_name(f"{path.name}.json"),
         {
-            "agreement": distillation.best["eval/agreement"],
-            "agreements": {name: distillation.best[f"agreement/{name}"] for name in environments},
-            "losses": {name: distillation.best[f"loss/{name}"] for name in environments},
+            # Where no row is held out, none is measured.
+            "agreement": best.get("eval/agreement"),
+            "agreements": {
+                name: best[f"agreement/{name}"] for name in environments if f"agreement/{name}" in best
+            },
+            "losses": {name: best[f"loss/{name}"] for name in environments},
             "updates": distillation.updates,
-            "best_update": int(distillation.best["update"]),
+            "best_update": int(best["update"]),
+            "env_steps": 0 if method == "offline" else distillation.env_steps,
             "parameters": parameter_count(student),
             "teacher_parameters": distillation.teacher_parameters,
             "output": student.spec.output,
@@ -70,11 +81,18 @@ def distill_student(context: StageContext) -> None:
     )
     details = {
         "environments": {name: context.block(f"environments.{name}") for name in environments},
-        "teachers": {name: dataset.schema.teacher for name, dataset in datasets.items()},
+        "teachers": digests,
         "distillation": config.model_dump(mode="json"),
         "seed": context.seed,
     }
     save_checkpoint(path, student, details)
+
+
+def _environments(context: StageContext, names: list[str]) -> dict[str, Any]:
+    """The settings of the environments that a method acts in."""
+    # By name too: a student that never acts does not depend on the environments' code. Who acts imports it anyway.
+    config_class = importlib.import_module("stillhouse.envs.make").EnvironmentConfig
+    return {name: parse(config_class, context.block(f"environments.{name}"), name) for name in names}
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from stillhouse.agents.pqn import PQNConfig
 from stillhouse.config import Config, near, parse
 from stillhouse.datasets.collect import CollectConfig
 from stillhouse.distillation.offline import DistillationConfig
+from stillhouse.distillation.on_policy import OnPolicyConfig
 from stillhouse.envs.make import EnvironmentConfig, describe
 from stillhouse.errors import StillhouseError
 from stillhouse.evaluation.rollouts import EvaluationConfig
@@ -59,7 +60,20 @@ class OfflineParams(DistillationConfig):
     environments: Names
 
 
-StudentParams = OfflineParams
+class OnPolicyParams(OnPolicyConfig):
+    """A student that acts: whose teachers label what it meets, and how it learns."""
+
+    environments: Names
+
+
+STUDENTS: dict[str, type[Config]] = {"offline": OfflineParams, "on_policy": OnPolicyParams}
+StudentParams = Annotated[OfflineParams | OnPolicyParams, Field(discriminator="method")]
+
+
+class MultiTaskParams(PQNConfig):
+    """A network that learns several environments at once, without teachers."""
+
+    environments: Names
 
 
 class TransferParams(FineTuneConfig):
@@ -102,6 +116,7 @@ class Params(Config):
     train_teacher: dict[Name, TeacherConfig] = Field(min_length=1)
     collect_dataset: dict[Name, CollectParams] = Field(default_factory=dict)
     distill_student: dict[Name, StudentParams] = Field(default_factory=dict)
+    train_multi_task: dict[Name, MultiTaskParams] = Field(default_factory=dict)
     fine_tune: dict[Name, TransferParams] = Field(default_factory=dict)
     evaluate: EvaluationConfig = EvaluationConfig()
     report: ReportParams = ReportParams()
@@ -134,6 +149,9 @@ class Params(Config):
                     f"distill_student.{name}.weights",
                     "environment of this student",
                 )
+        for name, joint in self.train_multi_task.items():
+            for source in joint.environments:
+                check(source, teachers, f"train_multi_task.{name}.environments", "environment with a teacher")
         for name, transfer in self.fine_tune.items():
             check(name, environments, "fine_tune", "environment")
             check(transfer.student, list(self.distill_student), f"fine_tune.{name}.student", "student")
@@ -141,10 +159,11 @@ class Params(Config):
                 sources = list(self.distill_student[transfer.student].environments)
                 check(transfer.source, sources, f"fine_tune.{name}.source", "environment of that student")
         lists: dict[str, list[Any]] = {"seeds": list(self.seeds)}
-        lists |= {
-            f"distill_student.{name}.environments": list(s.environments)
-            for name, s in self.distill_student.items()
-        }
+        for block, networks in (
+            ("distill_student", self.distill_student),
+            ("train_multi_task", self.train_multi_task),
+        ):
+            lists |= {f"{block}.{name}.environments": list(x.environments) for name, x in networks.items()}
         for where, values in lists.items():
             if len(set(values)) != len(values):
                 raise ValueError(f"{where}: each may stand once only")
@@ -185,6 +204,8 @@ def load_suite(suite: str, overrides: list[str]) -> Params:
             budget *= _budget(value)
         else:
             apply_override(data, key, value)
+            if key.rpartition(".")[2] in SWITCHES:  # what comes next may be a field that only the other has
+                data = parse(Params, data, "").model_dump(mode="json")
     return parse(Params, _scaled(data, budget), "")
 
 
@@ -197,10 +218,14 @@ def load_pipeline() -> Params:
 
 
 def _completed(data: dict[str, Any]) -> dict[str, Any]:
-    """Every teacher has a dataset block: an absent one is one of defaults."""
+    """Every teacher has a dataset block: an absent one is one of defaults. Students are distilled offline by default."""
     teachers, collect = data.get("train_teacher"), data.get("collect_dataset") or {}
     if isinstance(teachers, dict) and isinstance(collect, dict):
         data = {**data, "collect_dataset": {**{name: {} for name in teachers}, **collect}}
+    students = data.get("distill_student")
+    if isinstance(students, dict) and all(isinstance(block, dict) for block in students.values()):
+        blocks = {name: {"method": "offline", **block} for name, block in students.items()}
+        data = {**data, "distill_student": blocks}
     return data
 
 
@@ -221,7 +246,15 @@ def parse_override(text: str) -> tuple[str, Any]:
         ) from None
 
 
-BY_NAME = ("environments", "train_teacher", "collect_dataset", "distill_student", "fine_tune")
+SWITCHES = ("algorithm", "method")  # fields that decide which other fields there are
+BY_NAME = (
+    "environments",
+    "train_teacher",
+    "collect_dataset",
+    "distill_student",
+    "train_multi_task",
+    "fine_tune",
+)
 
 
 def apply_override(data: dict[str, Any], key: str, value: Any) -> None:
@@ -255,9 +288,13 @@ def apply_override(data: dict[str, Any], key: str, value: Any) -> None:
                     f"{key}: unknown parameter{near(part, list(block))}; there are {', '.join(block)}"
                 )
             block = block[part]
-        if path[-1] == "algorithm" and block.get("algorithm") != value:
-            # The other algorithm's own defaults, not this one's settings; the budget is what both have.
-            for field in set(block) - {"env_steps", "gamma"}:
+        if path[-1] in SWITCHES and block.get(path[-1]) != value:
+            # The other's own defaults, not this one's settings; the budget, or what the student is, both have.
+            kept = {"env_steps", "gamma"}
+            if path[-1] == "method" and value in STUDENTS:
+                kept = {"environments", "loss", "temperature", "updates", "size", "parameter_fraction"}
+                kept &= set(STUDENTS[value].model_fields)
+            for field in set(block) - kept:
                 del block[field]
         block[path[-1]] = value
 
@@ -275,6 +312,7 @@ def _scaled(data: dict[str, Any], budget: float) -> dict[str, Any]:
     if budget != 1.0:
         learners = [
             *data["train_teacher"].values(),
+            *data["train_multi_task"].values(),
             *(block["learner"] for block in data["fine_tune"].values()),
         ]
         for block, field in [(x, "env_steps") for x in learners] + [

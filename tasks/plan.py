@@ -149,6 +149,8 @@ def stages_of(params: Params) -> list[Stage]:
                 )
             )
     for name, student in sorted(params.distill_student.items()):
+        read = ["datasets"] if student.method == "offline" else []
+        read += ["teachers"] if student.method == "on_policy" or student.feature_weight else []
         for seed in seeds:
             base = f"data/students/{name}-s{seed}"
             sources = sorted(student.environments)
@@ -157,8 +159,7 @@ def stages_of(params: Params) -> list[Stage]:
                     name=stage_name("distill_student", name, seed=seed),
                     argv=python("distill_student", name, "--seed", str(seed)),
                     deps=[code("distill_student", student.method)]
-                    + [f"data/datasets/{source}-s{seed}" for source in sources]
-                    + [f"data/teachers/{source}-s{seed}" for source in sources if student.feature_weight]
+                    + [f"data/{folder}/{source}-s{seed}" for source in sources for folder in read]
                     + [path for source in sources for path in module_files(source)],
                     params=[f"distill_student.{name}", *(f"environments.{source}" for source in sources)],
                     outs=[base],
@@ -191,10 +192,37 @@ def stages_of(params: Params) -> list[Stage]:
                         cost=transfer.learner.env_steps / SPEEDS[transfer.learner.algorithm],
                     )
                 )
+    for name, joint in sorted(params.train_multi_task.items()):
+        for seed in seeds:
+            base = f"data/multi_task/{name}-s{seed}"
+            sources = sorted(joint.environments)
+            stages.append(
+                Stage(
+                    name=stage_name("train_multi_task", name, seed=seed),
+                    argv=python("train_multi_task", name, "--seed", str(seed)),
+                    deps=[
+                        code("train_multi_task"),
+                        *(path for source in sources for path in module_files(source)),
+                    ],
+                    params=[f"train_multi_task.{name}", *(f"environments.{source}" for source in sources)],
+                    outs=[base],
+                    metrics=[f"{base}.json"],
+                    plots={f"{base}.csv": {"x": "env_steps", "y": "mean_return"}},
+                    environments=sources,
+                    cost=len(sources) * joint.env_steps / SPEEDS[joint.algorithm],
+                )
+            )
     for name in sorted(params.train_teacher):
-        students = sorted(
-            student for student, block in params.distill_student.items() if name in block.environments
-        )
+        networks = [
+            f"data/students/{student}"
+            for student, block in sorted(params.distill_student.items())
+            if name in block.environments
+        ]
+        networks += [
+            f"data/multi_task/{network}"
+            for network, joint in sorted(params.train_multi_task.items())
+            if name in joint.environments
+        ]
         for seed in seeds:
             stages.append(
                 Stage(
@@ -203,13 +231,13 @@ def stages_of(params: Params) -> list[Stage]:
                     deps=[
                         code("evaluate"),
                         f"data/teachers/{name}-s{seed}",
-                        *(f"data/students/{student}-s{seed}" for student in students),
+                        *(f"{network}-s{seed}" for network in networks),
                         *module_files(name),
                     ],
                     params=[f"environments.{name}", "evaluate"],
                     metrics=[f"data/evaluation/{name}-s{seed}.json"],
                     environments=[name],
-                    cost=5.0 * (2 + len(students)),
+                    cost=5.0 * (2 + len(networks)),
                 )
             )
     results = [path for stage in stages for path in [*stage.metrics, *stage.plots]]
@@ -223,7 +251,9 @@ def stages_of(params: Params) -> list[Stage]:
                 "seeds",
                 "environments",
                 "train_teacher",
+                "collect_dataset",
                 "distill_student",
+                "train_multi_task",
                 "fine_tune",
                 "report",
             ],
@@ -286,6 +316,7 @@ def top_level_plots(stages: Iterable[Stage]) -> list[dict[str, Any]]:
     titles = {
         "train_teacher": "Teachers",
         "distill_student": "Students",
+        "train_multi_task": "Joint networks",
         "fine_tune": "Transfer",
         "report": "Evaluation",
     }

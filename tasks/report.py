@@ -1,12 +1,13 @@
 """Stage: everything a run found, as one self-contained page and as numbers for DVC.
 
-Reads, for the environments of ``train_teacher``, the students of ``distill_student``, the targets and modes of
-``fine_tune`` and all ``seeds`` (paths follow from these blocks; no folder is listed):
+Reads, for the environments of ``train_teacher``, the students of ``distill_student``, the networks of ``train_multi_task``,
+the targets and modes of ``fine_tune`` and all ``seeds`` (paths follow from these blocks; no folder is listed):
 
     data/code/report.json
     data/teachers/<env>-s<seed>.json       data/teachers/<env>-s<seed>.csv
     data/datasets/<env>-s<seed>.json
     data/students/<student>-s<seed>.json   data/students/<student>-s<seed>.csv
+    data/multi_task/<name>-s<seed>.json    data/multi_task/<name>-s<seed>.csv
     data/transfer/<target>-<mode>-s<seed>.json   data/transfer/<target>-<mode>-s<seed>.csv
     data/evaluation/<env>-s<seed>.json
 
@@ -41,7 +42,8 @@ def report(context: StageContext) -> None:
     write_json(OUTPUT / "results.json", metrics(results, summary))
 
 
-BLOCKS = ("suite", "seeds", "environments", "train_teacher", "distill_student", "fine_tune", "report")
+SETTINGS = ("train_teacher", "collect_dataset", "distill_student", "train_multi_task", "fine_tune")
+BLOCKS = ("suite", "seeds", "environments", *SETTINGS, "report")
 
 
 def gather(blocks: dict[str, Any], root: Path) -> Results:
@@ -84,11 +86,15 @@ def gather(blocks: dict[str, Any], root: Path) -> Results:
             name: {seed: run(f"data/students/{name}-s{seed}") for seed in seeds}
             for name in sorted(blocks["distill_student"])
         },
+        joint={
+            name: {seed: run(f"data/multi_task/{name}-s{seed}") for seed in seeds}
+            for name in sorted(blocks["train_multi_task"])
+        },
         evaluations={
             name: {seed: read(f"data/evaluation/{name}-s{seed}.json") for seed in seeds} for name in sources
         },
         transfer=transfer,
-        settings={key: blocks[key] for key in ("train_teacher", "distill_student", "fine_tune")},
+        settings={key: blocks[key] for key in SETTINGS},
         environment=read("data/code/report.json")["environment"],
         inputs=inputs,
     )
@@ -112,15 +118,16 @@ def _columns(text: str) -> dict[str, list[float]]:
 
 
 def comparison(summary: Summary) -> str:
-    """Student against teacher as CSV, a row for each student and environment: what ``dvc plots`` shows."""
+    """Students and joint networks against teachers as CSV, a row for each and environment: what ``dvc plots`` shows."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
         ["environment", "student", "teacher_return", "student_return", "random_return", "normalised_score"]
     )
-    for name, student in summary.students.items():
+    networks = summary.students | {f"joint {name}": network for name, network in summary.joint.items()}
+    for name, student in networks.items():
         for row in student.rows:
-            label = row.environment if len(summary.students) == 1 else f"{row.environment} ({name})"
+            label = row.environment if len(networks) == 1 else f"{row.environment} ({name})"
             values = (row.teacher.value, row.student.value, row.random.value)
             score = "" if row.score is None else f"{row.score.value:.6g}"
             writer.writerow([label, name, *(f"{value:.6g}" for value in values), score])

@@ -7,15 +7,16 @@ readers can tell apart (blue, copper, green, grey): lines are labelled where the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 import numpy as np
 
 from stillhouse.evaluation.statistics import SEEDS_FOR_INTERVALS, Estimate
 from tasks import charts
-from tasks.results import Results, Run, StudentSummary, Summary, TransferRow
+from tasks.results import Results, Run, StudentSummary, Summary, TransferRow, experience
 
+METHODS = {"offline": "offline", "on_policy": "on-policy", "online": "online"}
 MODE_COLOURS = {"full": "student", "frozen": "green", "scratch": "grey"}
 _FEW = (
     "no",
@@ -36,11 +37,12 @@ _FEW = (
 
 def render(results: Results, summary: Summary) -> str:
     """The whole page."""
-    sections = [_students_section(results, name, student) for name, student in summary.students.items()]
+    sections = [_students_section(results, summary, name) for name in summary.students]
     body = "".join(
         [
             _header(results, summary),
             *sections,
+            _joint_section(results, summary),
             _teachers_section(results),
             _transfer_section(results, summary),
             _method_section(results),
@@ -192,13 +194,23 @@ def _tiles(student: StudentSummary, seeds: int) -> str:
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
-def _students_section(results: Results, name: str, student: StudentSummary) -> str:
+def _scores(
+    results: Results, network: StudentSummary, kind: str, beside: Mapping[str, StudentSummary]
+) -> str:
+    """The table of a network's scores, with a row for each other network of the same environments, and what to mind.
+
+    Args:
+        results: of the run.
+        network: a student or a joint network.
+        kind: "Student" or "Joint".
+        beside: joint networks to compare with, by name.
+    """
     seeds = len(results.seeds)
-    settings = results.settings["distill_student"][name]
-    scores = [row.score for row in student.rows if row.score is not None]
-    low = min([0.0, *(point for score in scores for point in score.points)])
-    high = max([1.15, *(point for score in scores for point in score.points)])
-    strip = charts.Strip(low, high)
+    estimates = [row.score for row in network.rows] + [
+        other.overall.geometric_mean for other in beside.values()
+    ]
+    points = [point for score in estimates if score is not None for point in score.points]
+    strip = charts.Strip(min([0.0, *points]), max([1.15, *points]))
     shown = (
         "points are seeds" if seeds < SEEDS_FOR_INTERVALS else "bars are 95 % bootstrap intervals over seeds"
     )
@@ -211,61 +223,90 @@ def _students_section(results: Results, name: str, student: StudentSummary) -> s
         + _cell(row.score, charts.score, strong=True, missing="undefined")
         + strip.cell(row.score)
         + f'<td class="num">{row.teacher_parameters:,}</td></tr>'
-        for row in student.rows
+        for row in network.rows
     ]
     rows.append(
         '<tr class="total"><th scope="row">all<span class="spread">geometric mean</span></th>'
         "<td></td><td></td><td></td>"
-        + _cell(student.overall.geometric_mean, charts.score, strong=True)
-        + strip.cell(student.overall.geometric_mean)
-        + f'<td class="num">{student.teacher_parameters:,}<span class="spread">student '
-        f"{student.parameters:,}</span></td></tr>"
+        + _cell(network.overall.geometric_mean, charts.score, strong=True)
+        + strip.cell(network.overall.geometric_mean)
+        + f'<td class="num">{network.teacher_parameters:,}<span class="spread">{kind.lower()} '
+        f"{network.parameters:,}</span></td></tr>"
     )
-    episodes = next(iter(results.evaluations[student.rows[0].environment].values())).get("episodes", "?")
+    rows += [
+        f'<tr><th scope="row">joint<span class="spread">{escape(name)}, without teachers</span></th>'
+        "<td></td><td></td><td></td>"
+        + _cell(other.overall.geometric_mean, charts.score, strong=True)
+        + strip.cell(other.overall.geometric_mean)
+        + f'<td class="num"><span class="spread">joint {other.parameters:,}</span></td></tr>'
+        for name, other in beside.items()
+    ]
+    episodes = next(iter(results.evaluations[network.rows[0].environment].values())).get("episodes", "?")
     table = _table(
-        [
-            "Environment",
-            "Random",
-            "Teacher",
-            "Student",
-            "Score",
-            strip.head(),
-            "Teacher’s parameters",
-        ],
+        ["Environment", "Random", "Teacher", kind, "Score", strip.head(), "Teacher’s parameters"],
         rows,
-        f"Mean returns over {episodes} greedy test episodes per seed; {shown}. The score is (student − random) / "
+        f"Mean returns over {episodes} greedy test episodes per seed; {shown}. The score is ({kind.lower()} − random) / "
         "(teacher − random): the grey tick is random play, the copper one the teacher.",
     )
     notes = [
         f"On <b>{escape(environment)}</b> the teacher is no better than random play, so no score is defined there; it "
         "enters no aggregate."
-        for environment in student.overall.undefined
+        for environment in network.overall.undefined
     ]
     notes += [
-        f"On <b>{escape(row.environment)}</b> {charts.percent(row.capped_share)} of the student’s episodes were ended by the "
-        "cap of 10,000 steps."
-        for row in student.rows
+        f"On <b>{escape(row.environment)}</b> {charts.percent(row.capped_share)} of the {kind.lower()}’s episodes were ended "
+        "by the cap of 10,000 steps."
+        for row in network.rows
         if row.capped_share > 0
     ]
+    return table + "".join(f'<p class="note warn">{note}</p>' for note in notes)
+
+
+def _students_section(results: Results, summary: Summary, name: str) -> str:
+    student = summary.students[name]
+    settings = results.settings["distill_student"][name]
+    names = [row.environment for row in student.rows]
+    beside = {
+        other: found
+        for other, found in summary.joint.items()
+        if [row.environment for row in found.rows] == names
+    }
     title = "The student" if len(results.students) == 1 else f"Student <code>{escape(name)}</code>"
     loss = escape(str(settings.get("loss", "")).upper())
     updates = results.students[name][results.seeds[0]]["updates"]
     lead = f"<code>{escape(name)}</code>"
-    lead += f", distilled by {loss}" if loss else ""
-    lead += f" in {charts.short(updates)} updates"
-    lead += " from " + ", ".join(escape(row.environment) for row in student.rows) + "."
+    lead += f", distilled {METHODS[settings['method']]}" + (f" by {loss}" if loss else "")
+    lead += f" in {charts.short(updates)} updates from {', '.join(map(escape, names))}. {_experience(results, name)}"
     content = (
-        _tiles(student, seeds)
-        + table
-        + "".join(f'<p class="note warn">{note}</p>' for note in notes)
+        _tiles(student, len(results.seeds))
+        + _scores(results, student, "Student", beside)
         + _epsilon(student, results)
-        + "<h3>Agreement while distilling</h3>"
-        + '<p class="lead small">How often the student’s best action is the teacher’s, on held-out episodes.</p>'
         + _agreement(results, name, student)
         + "<h3>Size</h3>"
         + _sizes(student, results)
     )
     return _section(title, lead, content, f"student-{name}")
+
+
+def _joint_section(results: Results, summary: Summary) -> str:
+    if not summary.joint:
+        return ""
+    parts = []
+    for name, network in summary.joint.items():
+        names = ", ".join(escape(row.environment) for row in network.rows)
+        lead = f"<code>{escape(name)}</code>, one network of {network.parameters:,} parameters for {names}. "
+        parts.append(
+            f'<h3>{escape(name)}</h3><p class="lead small">{lead}{_experience(results, name, joint=True)}</p>'
+            + _scores(results, network, "Joint", {})
+        )
+    lead = "The baseline of distillation: one network that learns all environments at once by itself, without teachers."
+    return _section("Trained jointly", lead, "".join(parts), "joint")
+
+
+def _experience(results: Results, name: str, joint: bool = False) -> str:
+    steps = experience(results, name, joint)
+    what = "" if joint else ", the teachers’ training and the play collected from them included"
+    return f"Experience behind it: {charts.short(steps)} env steps{what}."
 
 
 def _epsilon(student: StudentSummary, results: Results) -> str:
@@ -284,6 +325,8 @@ def _epsilon(student: StudentSummary, results: Results) -> str:
 
 
 def _agreement(results: Results, name: str, student: StudentSummary) -> str:
+    if any(row.agreement is None for row in student.rows):
+        return ""
     curves = [results.students[name][seed]["curve"] for seed in results.seeds]
     runs = {
         row.environment: [(curve["updates"], curve[f"agreement_{row.environment}"]) for curve in curves]
@@ -294,7 +337,7 @@ def _agreement(results: Results, name: str, student: StudentSummary) -> str:
     low = math.floor(10 * min(values, default=0.9)) / 10
     pictures = [
         charts.chart(
-            [charts.Line(f"{100 * row.agreement.value:.0f} %", "student", runs[row.environment])],
+            [charts.Line(_end(row.agreement), "student", runs[row.environment])],
             escape(row.environment),
             "updates",
             y_range=(min(low, 0.9), 1.0),
@@ -302,7 +345,15 @@ def _agreement(results: Results, name: str, student: StudentSummary) -> str:
         )
         for row in student.rows
     ]
-    return f'<div class="charts">{"".join(pictures)}</div>'
+    return (
+        "<h3>Agreement while distilling</h3>"
+        '<p class="lead small">How often the student’s best action is the teacher’s, on held-out episodes.</p>'
+        f'<div class="charts">{"".join(pictures)}</div>'
+    )
+
+
+def _end(agreement: Estimate | None) -> str:
+    return f"{100 * agreement.value:.0f} %" if agreement else ""
 
 
 def _sizes(student: StudentSummary, results: Results) -> str:

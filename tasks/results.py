@@ -36,9 +36,10 @@ class Results:
         teachers: environment, seed -> its run.
         datasets: environment, seed -> its metrics.
         students: student, seed -> its run.
-        evaluations: environment, seed -> returns of random play, the teacher and the students.
+        joint: joint network, seed -> its run.
+        evaluations: environment, seed -> returns of random play, the teacher, the students and the joint networks.
         transfer: target, mode, seed -> its run.
-        settings: the blocks ``train_teacher``, ``distill_student`` and ``fine_tune``, as they ran.
+        settings: the blocks ``train_teacher``, ``collect_dataset``, ``distill_student``, ``train_multi_task`` and ``fine_tune``.
         environment: versions, and the device.
         inputs: path of every file read to its SHA-256.
     """
@@ -50,20 +51,22 @@ class Results:
     teachers: dict[str, dict[int, Run]]
     datasets: dict[str, dict[int, Run]]
     students: dict[str, dict[int, Run]]
+    joint: dict[str, dict[int, Run]]
     evaluations: dict[str, dict[int, Run]]
     transfer: dict[str, dict[str, dict[int, Run]]]
     settings: dict[str, dict[str, Any]]
     environment: dict[str, str]
     inputs: dict[str, str]
 
-    def sources(self, student: str) -> list[str]:
-        """The environments a student learnt, sorted."""
-        return sorted(self.settings["distill_student"][student]["environments"])
+    def sources(self, name: str, joint: bool = False) -> list[str]:
+        """The environments a student, or a joint network, learnt, sorted."""
+        block = "train_multi_task" if joint else "distill_student"
+        return sorted(self.settings[block][name]["environments"])
 
 
 @dataclass(frozen=True)
 class Row:
-    """One student on one environment; returns are means over episodes, one for each seed."""
+    """One student, or joint network, on one environment; returns are means over episodes, one for each seed."""
 
     environment: str
     teacher: Estimate
@@ -71,14 +74,14 @@ class Row:
     random: Estimate
     score: Estimate | None  # None: the teacher is no better than random play
     epsilon_score: Estimate | None
-    agreement: Estimate
+    agreement: Estimate | None  # None: not measured
     capped_share: float
     teacher_parameters: int
 
 
 @dataclass(frozen=True)
 class StudentSummary:
-    """A student's table and what it comes to."""
+    """The table of a student, or of a joint network, and what it comes to."""
 
     rows: list[Row]
     overall: Aggregate
@@ -113,6 +116,7 @@ class Summary:
     """Every number of the report."""
 
     students: dict[str, StudentSummary]
+    joint: dict[str, StudentSummary]
     transfer: dict[str, list[TransferRow]]
 
 
@@ -120,6 +124,7 @@ def summarise(results: Results) -> Summary:
     """Normalised scores, aggregates and transfer measures of all results."""
     return Summary(
         students={name: _student(results, name) for name in sorted(results.students)},
+        joint={name: _student(results, name, joint=True) for name in sorted(results.joint)},
         transfer={target: _transfer(results, target) for target in sorted(results.transfer)},
     )
 
@@ -128,18 +133,19 @@ def _over_seeds(values: Sequence[float] | np.ndarray) -> Estimate:
     return estimate(mean, np.array(values, np.float64)[:, None], seed=0)
 
 
-def _student(results: Results, name: str) -> StudentSummary:
-    sources, seeds = results.sources(name), results.seeds
+def _student(results: Results, name: str, joint: bool = False) -> StudentSummary:
+    sources, seeds = results.sources(name, joint), results.seeds
+    kind, own = ("joint", results.joint) if joint else ("students", results.students)
     rows = []
     scores = np.zeros((len(seeds), len(sources)))
     for column, environment in enumerate(sources):
         runs = [results.evaluations[environment][seed] for seed in seeds]
         random = np.array([run["random"]["mean"] for run in runs])
         teacher = np.array([run["teacher"]["greedy"]["mean"] for run in runs])
-        student = np.array([run["students"][name]["greedy"]["mean"] for run in runs])
+        student = np.array([run[kind][name]["greedy"]["mean"] for run in runs])
         scores[:, column] = normalised_score(student, random, teacher)
         epsilon = normalised_score(
-            np.array([run["students"][name]["epsilon"]["mean"] for run in runs]),
+            np.array([run[kind][name]["epsilon"]["mean"] for run in runs]),
             random,
             np.array([run["teacher"]["epsilon"]["mean"] for run in runs]),
         )
@@ -151,11 +157,9 @@ def _student(results: Results, name: str) -> StudentSummary:
                 random=_over_seeds(random),
                 score=None if np.isnan(scores[:, column]).any() else _over_seeds(scores[:, column]),
                 epsilon_score=None if np.isnan(epsilon).any() else _over_seeds(epsilon),
-                agreement=_over_seeds(
-                    [results.students[name][seed]["agreements"][environment] for seed in seeds]
-                ),
+                agreement=_agreement([own[name][seed].get("agreements", {}) for seed in seeds], environment),
                 capped_share=float(
-                    np.mean([run["students"][name]["greedy"].get("capped_share", 0.0) for run in runs])
+                    np.mean([run[kind][name]["greedy"].get("capped_share", 0.0) for run in runs])
                 ),
                 teacher_parameters=runs[0]["teacher"]["parameters"],
             )
@@ -169,9 +173,15 @@ def _student(results: Results, name: str) -> StudentSummary:
         rows=rows,
         overall=aggregate(scores, sources),
         better_than_teacher=better,
-        parameters=results.students[name][seeds[0]]["parameters"],
+        parameters=own[name][seeds[0]]["parameters"],
         teacher_parameters=sum(row.teacher_parameters for row in rows),
     )
+
+
+def _agreement(measured: list[dict[str, float]], environment: str) -> Estimate | None:
+    if not all(environment in agreements for agreements in measured):
+        return None
+    return _over_seeds([agreements[environment] for agreements in measured])
 
 
 def curve_of(run: Run) -> Curve:
@@ -216,6 +226,20 @@ def _transfer(results: Results, target: str) -> list[TransferRow]:
     return rows
 
 
+def experience(results: Results, name: str, joint: bool = False) -> float:
+    """Env steps behind a student, its teachers' training and what was collected from them included, or behind a joint network;
+    mean over the seeds."""
+    runs = results.joint[name] if joint else results.students[name]
+    steps = [float(run.get("env_steps", 0)) for run in runs.values()]
+    method = "" if joint else results.settings["distill_student"][name]["method"]
+    for environment in results.sources(name) if method in ("offline", "on_policy") else []:
+        for i, seed in enumerate(runs):
+            steps[i] += results.teachers[environment][seed]["env_steps"]
+            if method == "offline" and not results.settings["collect_dataset"][environment]["from_replay"]:
+                steps[i] += results.datasets[environment][seed]["transitions"]
+    return float(np.mean(steps))
+
+
 def metrics(results: Results, summary: Summary) -> dict[str, Any]:
     """The numbers for ``dvc metrics``: plain, finite, seeds by name."""
 
@@ -229,10 +253,9 @@ def metrics(results: Results, summary: Summary) -> dict[str, Any]:
             found |= {"low": value.interval[0], "high": value.interval[1]}
         return {key: round(item, 6) for key, item in found.items()}
 
-    students: dict[str, Any] = {}
-    for name, student in summary.students.items():
+    def network(student: StudentSummary) -> dict[str, Any]:
         overall = student.overall
-        students[name] = {
+        return {
             "geometric_mean": number(overall.geometric_mean),
             "interquartile_mean": number(overall.interquartile_mean),
             "optimality_gap": number(overall.optimality_gap),
@@ -256,6 +279,7 @@ def metrics(results: Results, summary: Summary) -> dict[str, Any]:
                 for row in student.rows
             },
         }
+
     transfer = {
         target: {
             row.mode: {
@@ -273,4 +297,8 @@ def metrics(results: Results, summary: Summary) -> dict[str, Any]:
         }
         for target, rows in summary.transfer.items()
     }
-    return {"students": students, "transfer": transfer}
+    networks = {
+        kind: {name: network(found) for name, found in of.items()}
+        for kind, of in (("students", summary.students), ("joint", summary.joint))
+    }
+    return {**networks, "transfer": transfer}

@@ -33,7 +33,11 @@ def blocks(seeds: int) -> dict[str, Any]:
         "seeds": list(range(seeds)),
         "environments": {name: {"id": value} for name, value in IDS.items()},
         "train_teacher": {name: {"algorithm": "pqn", "env_steps": RETURNS[name][3]} for name in RETURNS},
-        "distill_student": {"small": {"environments": list(RETURNS), "loss": "kl", "updates": 8000}},
+        "collect_dataset": {name: {"from_replay": False} for name in RETURNS},
+        "distill_student": {
+            "small": {"method": "offline", "environments": list(RETURNS), "loss": "kl", "updates": 8000}
+        },
+        "train_multi_task": {},
         "fine_tune": {
             "cartpole-long": {
                 "student": "small",

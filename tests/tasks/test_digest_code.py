@@ -123,6 +123,10 @@ def test_this_projects_own_closures():
     assert "stillhouse.agents.dqn" in dqn - pqn
     assert "stillhouse.agents.pqn" in pqn - dqn
     assert "stillhouse.losses.distillation" in student - dqn
+    # A student that never acts does not depend on the environments' code.
+    acting = closure(graph, roots_of(kind_of("distill_student", "on_policy")))
+    assert "stillhouse.distillation.on_policy" in acting - student
+    assert "stillhouse.envs.make" in acting - student
     # What only a type checker imports does not count.
     report = closure(graph, roots_of("report"))
     assert "stillhouse.envs.minatar" not in report

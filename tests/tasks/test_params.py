@@ -76,6 +76,16 @@ def test_another_algorithm_brings_its_own_defaults(algorithm):
     )
 
 
+def test_another_method_keeps_what_the_student_is():
+    params = load_suite("quickstart", ["distill_student.method=on_policy", "distill_student.num_envs=16"])
+    before, student = load_suite("quickstart", []).distill_student["small"], params.distill_student["small"]
+    assert (before.method, student.method) == ("offline", "on_policy")
+    for field in ("environments", "loss", "updates", "size", "parameter_fraction"):
+        assert getattr(student, field) == getattr(before, field)
+    assert student.model_dump()["num_envs"] == 16
+    assert student.patience == 0
+
+
 def test_the_written_parameters_are_complete_and_the_same():
     make_plan("quickstart", [])
     assert load_pipeline() == load_suite("quickstart", [])

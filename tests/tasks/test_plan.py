@@ -92,6 +92,16 @@ def test_inputs_follow_the_options(project):
     assert "data/training_state/acrobot-s0" not in stages["collect_dataset-acrobot-s0"].deps
 
 
+def test_an_on_policy_student_reads_teachers_and_no_dataset(project):
+    stage = by_name(make_plan("quickstart", ["distill_student.method=on_policy"]))["distill_student-small-s0"]
+    assert sorted(stage.deps) == [
+        "data/code/distill_student-on_policy.json",
+        "data/teachers/acrobot-s0",
+        "data/teachers/breakout-s0",
+        "data/teachers/cartpole-s0",
+    ]
+
+
 def test_committed_studies_are_inputs_of_the_published_page(project):
     assert by_name(make_plan("smoke", []))["publish_results"].deps == ["data/code/publish_results.json"]
     folder = Path("benchmarks/results/policy_distillation")

@@ -265,7 +265,7 @@ def test_a_suite_without_students_or_without_scratch(tmp_path: Path) -> None:
 
 def test_of_several_students_the_headline_says_that_it_shows_the_best(tmp_path: Path) -> None:
     blocks = report_fixture.write(tmp_path, 2)
-    blocks["distill_student"]["tiny"] = {"environments": ["cartpole"], "loss": "mse"}
+    blocks["distill_student"]["tiny"] = {"method": "offline", "environments": ["cartpole"], "loss": "mse"}
     for seed in (0, 1):
         for suffix in (".json", ".csv"):
             text = (tmp_path / f"data/students/small-s{seed}{suffix}").read_text()
@@ -279,6 +279,41 @@ def test_of_several_students_the_headline_says_that_it_shows_the_best(tmp_path: 
     assert "The best of two students, small, keeps 98 %" in table_text(page)
     assert 'id="student-tiny"' in page
     assert "cartpole (tiny),tiny," in comparison(summary)
+
+
+def test_a_joint_network_stands_beside_the_student(tmp_path: Path) -> None:
+    blocks = report_fixture.write(tmp_path, 2)
+    blocks["train_multi_task"] = {"all": {"environments": ["acrobot", "breakout", "cartpole"]}}
+    for seed in (0, 1):
+        stem = f"data/multi_task/all-s{seed}"
+        (tmp_path / stem).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{stem}.csv").write_text("env_steps,mean_return\n100,1\n")
+        (tmp_path / f"{stem}.json").write_text(json.dumps({"env_steps": 2_150_000, "parameters": 11_198}))
+        for name in blocks["train_multi_task"]["all"]["environments"]:
+            path = f"data/evaluation/{name}-s{seed}.json"
+            found = json.loads((tmp_path / path).read_text())
+            random, teacher = found["random"]["mean"], found["teacher"]["greedy"]["mean"]
+            half = {"mean": (random + teacher) / 2}
+            edit(tmp_path, path, joint={"all": {"greedy": half, "epsilon": half}})
+    results = gather(blocks, tmp_path)
+    summary = summarise(results)
+    overall = summary.joint["all"].overall.geometric_mean
+    assert overall is not None
+    assert overall.points == (pytest.approx(0.5), pytest.approx(0.5))
+    page = render(results, summary)
+    text = table_text(page)
+    assert "joint all, without teachers 0.50 0.50 · 0.50" in text
+    assert page.index('id="joint"') > page.index('id="student-small"')
+    # 500k + 1M + 500k of training and 50k of play on each; the joint network's are its own.
+    assert "Experience behind it: 2.15M env steps, the teachers’ training" in text
+    assert "Experience behind it: 2.15M env steps." in text
+    numbers = metrics(results, summary)["joint"]["all"]
+    assert numbers["geometric_mean"]["value"] == 0.5
+    assert numbers["environments"]["acrobot"]["agreement"] is None
+    assert "acrobot (joint all),joint all," in comparison(summary)
+    checker = Checker()
+    checker.feed(page)
+    assert checker.errors == []
 
 
 def test_a_missing_or_broken_result_is_named(tmp_path: Path) -> None:

@@ -75,8 +75,8 @@ def collect(**settings: Any) -> Dataset:
 def distill(**settings: Any) -> None:
     block = {"method": "offline", "environments": ["cartpole"], "updates": 4, "evaluation_interval": 2}
     block |= {"batch_size": 16, "size": SIZE, **settings}
-    deps = ["data/datasets/cartpole-s0"]
-    deps += ["data/teachers/cartpole-s0"] if settings.get("feature_weight") else []
+    deps = ["data/datasets/cartpole-s0"] if block["method"] == "offline" else []
+    deps += ["data/teachers/cartpole-s0"] if not deps or settings.get("feature_weight") else []
     distill_student(context("small", deps, distill_student={"small": block}))
 
 
@@ -109,6 +109,23 @@ def test_a_dataset_of_the_replay_is_labelled_by_the_final_teacher() -> None:
     assert dataset.outputs(rows) == pytest.approx(outputs, abs=1e-5)
     assert json.loads(Path("data/datasets/cartpole-s0.json").read_text())["transitions"] == len(dataset)
     distill()  # it can be learnt from
+
+
+def test_an_on_policy_student_needs_no_dataset() -> None:
+    digest = train()
+    distill(method="on_policy", num_envs=10, warmup_steps=4, capacity=1000, updates_per_step=2)
+    found = json.loads(Path("data/students/small-s0.json").read_text())
+    assert found["env_steps"] == 10 * (4 + 2)
+    assert set(found["agreements"]) == {"cartpole"}
+    assert load_checkpoint(Path("data/students/small-s0")).details["teachers"] == {"cartpole": digest}
+    assert (
+        Path("data/students/small-s0.csv").read_text().splitlines()[0]
+        == "updates,agreement,loss,agreement_cartpole"
+    )
+    assert set(judge()["students"]) == {"small"}
+    distill(method="on_policy", num_envs=2, warmup_steps=4, capacity=1000)  # too few copies to hold one out
+    found = json.loads(Path("data/students/small-s0.json").read_text())
+    assert (found["agreement"], found["agreements"]) == (None, {})
 
 
 def test_a_student_is_judged_against_the_teacher_it_learnt_from() -> None:
