@@ -44,12 +44,19 @@ def distill_student(context: StageContext) -> None:
         digests = {name: dataset.schema.teacher for name, dataset in datasets.items()}
         distillation = distillation_class(config, datasets, context.seed, context.device, networks)
     else:
+        shown: dict[str, Any] = networks
+        if method == "online":  # not taught by these settings' stages: it trains its teachers itself
+            shown = {name: context.block(f"train_teacher.{name}") for name in environments}
         distillation = distillation_class(
-            config, networks, _environments(context, environments), context.seed, context.device
+            config, shown, _environments(context, environments), context.seed, context.device
         )
     columns = {"eval/agreement": "agreement", "loss/distill": "loss"}
     columns |= {f"agreement/{name}": f"agreement_{name}" for name in environments}
-    curve = Curve(context, "updates", columns)
+    if method == "online":
+        columns |= {
+            f"{who}/{name}": f"{who}_{name}" for name in environments for who in ("teacher", "student")
+        }
+    curve = Curve(context, "env_steps" if method == "online" else "updates", columns)
     if saved := context.scratch.load():
         distillation.set_state(saved["distillation"])
         curve.set_state(saved["curve"])

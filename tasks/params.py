@@ -20,6 +20,7 @@ from stillhouse.config import Config, near, parse
 from stillhouse.datasets.collect import CollectConfig
 from stillhouse.distillation.offline import DistillationConfig
 from stillhouse.distillation.on_policy import OnPolicyConfig
+from stillhouse.distillation.online import OnlineConfig
 from stillhouse.envs.make import EnvironmentConfig, describe
 from stillhouse.errors import StillhouseError
 from stillhouse.evaluation.rollouts import EvaluationConfig
@@ -66,8 +67,18 @@ class OnPolicyParams(OnPolicyConfig):
     environments: Names
 
 
-STUDENTS: dict[str, type[Config]] = {"offline": OfflineParams, "on_policy": OnPolicyParams}
-StudentParams = Annotated[OfflineParams | OnPolicyParams, Field(discriminator="method")]
+class OnlineParams(OnlineConfig):
+    """A student that follows teachers: in which environments they learn, by their blocks of ``train_teacher``, and how it does."""
+
+    environments: Names
+
+
+STUDENTS: dict[str, type[Config]] = {
+    "offline": OfflineParams,
+    "on_policy": OnPolicyParams,
+    "online": OnlineParams,
+}
+StudentParams = Annotated[OfflineParams | OnPolicyParams | OnlineParams, Field(discriminator="method")]
 
 
 class MultiTaskParams(PQNConfig):

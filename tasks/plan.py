@@ -110,6 +110,9 @@ def stages_of(params: Params) -> list[Stage]:
     def code(verb: str, *imported: str) -> str:
         return str(CODE / f"{kind_of(verb, *imported)}.json")
 
+    def training_seconds(teacher: Any) -> float:
+        return teacher.env_steps / SPEEDS[teacher.algorithm]
+
     def module_files(environment: str) -> list[str]:
         return user_module_files(params.environments[environment].module)
 
@@ -127,7 +130,7 @@ def stages_of(params: Params) -> list[Stage]:
                     metrics=[f"{base}.json"],
                     plots={f"{base}.csv": {"x": "env_steps", "y": "mean_return"}},
                     environments=[name],
-                    cost=teacher.env_steps / SPEEDS[teacher.algorithm],
+                    cost=training_seconds(teacher),
                 )
             )
             dataset = f"data/datasets/{name}-s{seed}"
@@ -149,24 +152,33 @@ def stages_of(params: Params) -> list[Stage]:
                 )
             )
     for name, student in sorted(params.distill_student.items()):
+        sources = sorted(student.environments)
         read = ["datasets"] if student.method == "offline" else []
         read += ["teachers"] if student.method == "on_policy" or student.feature_weight else []
+        blocks, algorithms = ["environments"], []
+        if student.method == "online":  # it trains its teachers itself
+            blocks.append("train_teacher")
+            algorithms = sorted({params.train_teacher[source].algorithm for source in sources})
+        x = "env_steps" if student.method == "online" else "updates"
         for seed in seeds:
             base = f"data/students/{name}-s{seed}"
-            sources = sorted(student.environments)
             stages.append(
                 Stage(
                     name=stage_name("distill_student", name, seed=seed),
                     argv=python("distill_student", name, "--seed", str(seed)),
-                    deps=[code("distill_student", student.method)]
+                    deps=[code("distill_student", student.method, *algorithms)]
                     + [f"data/{folder}/{source}-s{seed}" for source in sources for folder in read]
                     + [path for source in sources for path in module_files(source)],
-                    params=[f"distill_student.{name}", *(f"environments.{source}" for source in sources)],
+                    params=[
+                        f"distill_student.{name}",
+                        *(f"{block}.{source}" for source in sources for block in blocks),
+                    ],
                     outs=[base],
                     metrics=[f"{base}.json"],
-                    plots={f"{base}.csv": {"x": "updates", "y": "agreement"}},
+                    plots={f"{base}.csv": {"x": x, "y": "agreement"}},
                     environments=sources,
-                    cost=student.updates / 200,
+                    cost=student.updates / 200
+                    + sum(training_seconds(params.train_teacher[source]) for source in sources if algorithms),
                 )
             )
     for name, transfer in sorted(params.fine_tune.items()):
@@ -189,7 +201,7 @@ def stages_of(params: Params) -> list[Stage]:
                         metrics=[f"{base}.json"],
                         plots={f"{base}.csv": {"x": "env_steps", "y": "mean_return"}},
                         environments=[name],
-                        cost=transfer.learner.env_steps / SPEEDS[transfer.learner.algorithm],
+                        cost=training_seconds(transfer.learner),
                     )
                 )
     for name, joint in sorted(params.train_multi_task.items()):
@@ -209,7 +221,7 @@ def stages_of(params: Params) -> list[Stage]:
                     metrics=[f"{base}.json"],
                     plots={f"{base}.csv": {"x": "env_steps", "y": "mean_return"}},
                     environments=sources,
-                    cost=len(sources) * joint.env_steps / SPEEDS[joint.algorithm],
+                    cost=len(sources) * training_seconds(joint),
                 )
             )
     for name in sorted(params.train_teacher):
@@ -314,30 +326,25 @@ def _check_unique(stages: list[Stage]) -> None:
 def top_level_plots(stages: Iterable[Stage]) -> list[dict[str, Any]]:
     """Curves of many stages in one picture, for ``dvc plots show``."""
     titles = {
-        "train_teacher": "Teachers",
-        "distill_student": "Students",
-        "train_multi_task": "Joint networks",
-        "fine_tune": "Transfer",
-        "report": "Evaluation",
+        ("train_teacher", "env_steps"): "Teachers",
+        ("distill_student", "updates"): "Students",
+        ("distill_student", "env_steps"): "Online students",
+        ("train_multi_task", "env_steps"): "Joint networks",
+        ("fine_tune", "env_steps"): "Transfer",
+        ("report", "environment"): "Evaluation",
     }
     plots = []
-    by_verb: dict[str, list[Stage]] = {}
+    pictures: dict[tuple[str, str], dict[str, str]] = {}
     for stage in stages:
-        by_verb.setdefault(stage.verb, []).append(stage)
-    for verb, title in titles.items():
-        curves = {path: columns for stage in by_verb.get(verb, []) for path, columns in stage.plots.items()}
-        if curves:
-            columns = next(iter(curves.values()))
-            definition: dict[str, Any] = {
-                "x": columns["x"],
-                "y": {path: curves[path]["y"] for path in sorted(curves)},
-            }
+        for path, columns in stage.plots.items():
+            pictures.setdefault((stage.verb, columns["x"]), {})[path] = columns["y"]
+    for (verb, x), title in titles.items():
+        if curves := pictures.get((verb, x)):
+            definition: dict[str, Any] = {"x": x, "y": {path: curves[path] for path in sorted(curves)}}
             if verb == "report":
                 definition["template"] = "bar_horizontal"
-                definition["x"], definition["y"] = (
-                    columns["y"],
-                    dict.fromkeys(sorted(curves), columns["x"]),
-                )
+                definition["x"] = next(iter(curves.values()))
+                definition["y"] = dict.fromkeys(sorted(curves), x)
             plots.append({title: definition})
     return plots
 

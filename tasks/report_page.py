@@ -281,6 +281,7 @@ def _students_section(results: Results, summary: Summary, name: str) -> str:
         _tiles(student, len(results.seeds))
         + _scores(results, student, "Student", beside)
         + _epsilon(student, results)
+        + (_online(results, name, student) if settings["method"] == "online" else "")
         + _agreement(results, name, student)
         + "<h3>Size</h3>"
         + _sizes(student, results)
@@ -304,9 +305,14 @@ def _joint_section(results: Results, summary: Summary) -> str:
 
 
 def _experience(results: Results, name: str, joint: bool = False) -> str:
-    steps = experience(results, name, joint)
-    what = "" if joint else ", the teachers’ training and the play collected from them included"
-    return f"Experience behind it: {charts.short(steps)} env steps{what}."
+    method = "joint" if joint else str(results.settings["distill_student"][name]["method"])
+    what = {
+        "offline": ", the teachers’ training and the play collected from them included",
+        "on_policy": ", the teachers’ training and its own acting included",
+        "online": " of its teachers’ training; what they played for it comes on top",
+        "joint": "",
+    }[method]
+    return f"Experience behind it: {charts.short(experience(results, name, joint))} env steps{what}."
 
 
 def _epsilon(student: StudentSummary, results: Results) -> str:
@@ -328,8 +334,9 @@ def _agreement(results: Results, name: str, student: StudentSummary) -> str:
     if any(row.agreement is None for row in student.rows):
         return ""
     curves = [results.students[name][seed]["curve"] for seed in results.seeds]
+    unit = "updates" if "updates" in curves[0] else "env_steps"
     runs = {
-        row.environment: [(curve["updates"], curve[f"agreement_{row.environment}"]) for curve in curves]
+        row.environment: [(curve[unit], curve[f"agreement_{row.environment}"]) for curve in curves]
         for row in student.rows
     }
     # One scale for all, so that the charts can be compared.
@@ -339,7 +346,7 @@ def _agreement(results: Results, name: str, student: StudentSummary) -> str:
         charts.chart(
             [charts.Line(_end(row.agreement), "student", runs[row.environment])],
             escape(row.environment),
-            "updates",
+            unit.replace("_", " "),
             y_range=(min(low, 0.9), 1.0),
             percent=True,
         )
@@ -348,6 +355,30 @@ def _agreement(results: Results, name: str, student: StudentSummary) -> str:
     return (
         "<h3>Agreement while distilling</h3>"
         '<p class="lead small">How often the student’s best action is the teacher’s, on held-out episodes.</p>'
+        f'<div class="charts">{"".join(pictures)}</div>'
+    )
+
+
+def _online(results: Results, name: str, student: StudentSummary) -> str:
+    """Returns of teacher and student while both learn, a chart for each environment."""
+    curves = [results.students[name][seed]["curve"] for seed in results.seeds]
+    pictures = [
+        charts.chart(
+            [
+                charts.Line(
+                    who, who, [(curve["env_steps"], curve[f"{who}_{row.environment}"]) for curve in curves]
+                )
+                for who in ("teacher", "student")
+            ],
+            escape(row.environment),
+            "env steps",
+            [("random", row.random.value)],
+        )
+        for row in student.rows
+    ]
+    return (
+        "<h3>Teachers and student while both learn</h3>"
+        '<p class="lead small">Greedy returns on validation episodes, after env steps of all its teachers together.</p>'
         f'<div class="charts">{"".join(pictures)}</div>'
     )
 

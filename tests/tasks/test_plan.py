@@ -102,6 +102,15 @@ def test_an_on_policy_student_reads_teachers_and_no_dataset(project):
     ]
 
 
+def test_an_online_student_reads_what_makes_its_teachers(project):
+    stages = make_plan("quickstart", ["distill_student.method=online"])
+    stage = by_name(stages)["distill_student-small-s0"]
+    assert stage.deps == ["data/code/distill_student-online-dqn-pqn.json"]
+    assert {"train_teacher.acrobot", "train_teacher.breakout", "train_teacher.cartpole"} < set(stage.params)
+    plots = YAML(typ="safe").load(DVC_YAML.read_text())["plots"]
+    assert {"Online students", "Teachers"} < {title for plot in plots for title in plot}
+
+
 def test_committed_studies_are_inputs_of_the_published_page(project):
     assert by_name(make_plan("smoke", []))["publish_results"].deps == ["data/code/publish_results.json"]
     folder = Path("benchmarks/results/policy_distillation")

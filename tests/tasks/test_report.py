@@ -316,6 +316,25 @@ def test_a_joint_network_stands_beside_the_student(tmp_path: Path) -> None:
     assert checker.errors == []
 
 
+def test_an_online_student_is_shown_beside_its_teachers(tmp_path: Path) -> None:
+    blocks = report_fixture.write(tmp_path, 2)
+    blocks["distill_student"]["small"]["method"] = "online"
+    names = blocks["distill_student"]["small"]["environments"]
+    for seed in (0, 1):
+        columns = [f"{kind}_{name}" for name in names for kind in ("agreement", "teacher", "student")]
+        rows = [f"{step},{','.join(['0.5'] * len(columns))}" for step in (1000, 2000)]
+        text = "\n".join([f"env_steps,{','.join(columns)}", *rows])
+        (tmp_path / f"data/students/small-s{seed}.csv").write_text(text + "\n")
+        edit(tmp_path, f"data/students/small-s{seed}.json", env_steps=3000)
+    results = gather(blocks, tmp_path)
+    text = table_text(page := render(results, summarise(results)))
+    assert "Teachers and student while both learn" in text
+    assert "distilled online by KL" in text
+    assert "Experience behind it: 3k env steps of its teachers’ training" in text
+    assert page.count(">student</text>") == 3
+    assert "Agreement while distilling" in text
+
+
 def test_a_missing_or_broken_result_is_named(tmp_path: Path) -> None:
     blocks = report_fixture.write(tmp_path, 1)
     (tmp_path / "data/students/small-s0.json").write_text("{")

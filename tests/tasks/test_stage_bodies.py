@@ -76,8 +76,10 @@ def distill(**settings: Any) -> None:
     block = {"method": "offline", "environments": ["cartpole"], "updates": 4, "evaluation_interval": 2}
     block |= {"batch_size": 16, "size": SIZE, **settings}
     deps = ["data/datasets/cartpole-s0"] if block["method"] == "offline" else []
-    deps += ["data/teachers/cartpole-s0"] if not deps or settings.get("feature_weight") else []
-    distill_student(context("small", deps, distill_student={"small": block}))
+    if block["method"] == "on_policy" or settings.get("feature_weight"):
+        deps.append("data/teachers/cartpole-s0")
+    blocks = {"distill_student": {"small": block}, "train_teacher": {"cartpole": DQN}}
+    distill_student(context("small", deps, **blocks))
 
 
 def judge() -> dict[str, Any]:
@@ -126,6 +128,18 @@ def test_an_on_policy_student_needs_no_dataset() -> None:
     distill(method="on_policy", num_envs=2, warmup_steps=4, capacity=1000)  # too few copies to hold one out
     found = json.loads(Path("data/students/small-s0.json").read_text())
     assert (found["agreement"], found["agreements"]) == (None, {})
+
+
+def test_an_online_student_trains_its_teachers_itself() -> None:
+    distill(method="online", validation_interval=200, validation_episodes=2, transitions=100, num_envs=4)
+    found = json.loads(Path("data/students/small-s0.json").read_text())
+    assert 400 <= found["env_steps"] <= 408
+    head, *rows = Path("data/students/small-s0.csv").read_text().splitlines()
+    assert head == "env_steps,agreement,loss,agreement_cartpole,teacher_cartpole,student_cartpole"
+    assert [int(row.partition(",")[0]) for row in rows][-1] == 400
+    assert len(rows) == 2
+    train()
+    assert set(judge()["students"]) == {"small"}  # it has learnt from other teachers than that one
 
 
 def test_a_student_is_judged_against_the_teacher_it_learnt_from() -> None:
