@@ -18,8 +18,17 @@ ALL = slice(None)
 
 # Actions: none, left, up, right, down, fire.
 _LEFT, _UP, _RIGHT, _DOWN, _FIRE = 1, 2, 3, 4, 5
-_STEP_X = np.array([0, -1, 0, 1, 0, 0])
-_STEP_Y = np.array([0, 0, -1, 0, 1, 0])
+
+
+def _after(backwards: int, forwards: int, first: int, last: int) -> np.ndarray:
+    """Where an action leads from each of 0..9, [6, 10], when places end at ``first`` and ``last``."""
+    places = np.tile(np.arange(10), (6, 1))
+    places[backwards] = np.maximum(places[backwards] - 1, first)
+    places[forwards] = np.minimum(places[forwards] + 1, last)
+    return places
+
+
+_COLUMN_AFTER = _after(_LEFT, _RIGHT, 0, 9)
 
 
 class RandomStreams:
@@ -129,9 +138,7 @@ class Breakout:
         self.bricks_left[rows] = 30
 
     def act(self, actions: np.ndarray, random: RandomStreams) -> np.ndarray:
-        self.paddle += _STEP_X[actions]
-        np.maximum(self.paddle, 0, out=self.paddle)
-        np.minimum(self.paddle, 9, out=self.paddle)
+        self.paddle[:] = _COLUMN_AFTER[actions, self.paddle]
 
         self.last_x[:] = self.x
         self.last_y[:] = self.y
@@ -223,9 +230,7 @@ class SpaceInvaders:
     def act(self, actions: np.ndarray, random: RandomStreams) -> np.ndarray:
         fires = np.flatnonzero((actions == _FIRE) & (self.shot_timer == 0))
         self.shot_timer[fires] = self._SHOT_COOL_DOWN
-        self.cannon += _STEP_X[actions]
-        np.maximum(self.cannon, 0, out=self.cannon)
-        np.minimum(self.cannon, 9, out=self.cannon)
+        self.cannon[:] = _COLUMN_AFTER[actions, self.cannon]
 
         self.bullets[:, :90] = self.bullets[:, 10:]
         self.bullets[:, 90:] = False
@@ -309,6 +314,7 @@ class Freeway:
     _MOVE_INTERVAL = 3
     _TIME_LIMIT = 2500
     _WRAPPED = np.array([9, *range(10), 0])  # a column, counted from -1
+    _ROW_AFTER = _after(_UP, _DOWN, 0, 9)
 
     def __init__(self, num_envs: int, ramping: bool) -> None:  # the game does not ramp
         self.chicken = np.zeros(num_envs, np.int64)  # its row
@@ -337,10 +343,9 @@ class Freeway:
         self.direction[rows] = np.where(uniforms[:, 8:] < 0.5, -1, 1)
 
     def act(self, actions: np.ndarray, random: RandomStreams) -> np.ndarray:
-        walks = (self.move_timer == 0) * _STEP_Y[actions]
-        np.copyto(self.move_timer, self._MOVE_INTERVAL, where=walks != 0)
-        self.chicken += walks
-        np.minimum(self.chicken, 9, out=self.chicken)
+        walks = (self.move_timer == 0) & ((actions == _UP) | (actions == _DOWN))
+        np.copyto(self.move_timer, self._MOVE_INTERVAL, where=walks)
+        np.copyto(self.chicken, self._ROW_AFTER[actions, self.chicken], where=walks)
         wins = self.chicken == 0
         if wins.any():
             self._change_cars(np.flatnonzero(wins), random)
@@ -382,6 +387,7 @@ class Asterix:
     _SPAWN_INTERVAL = 10
     _MOVE_INTERVAL = 5
     _NONE, _ENEMY, _GOLD = 0, 1, 3  # the kinds; also their planes
+    _ROW_AFTER = _after(_UP, _DOWN, 1, 8)
 
     def __init__(self, num_envs: int, ramping: bool) -> None:
         self._ramping = ramping
@@ -414,12 +420,8 @@ class Asterix:
         spawning = np.flatnonzero(self.spawn_timer == 0)
         if len(spawning):
             self._spawn(spawning, random)
-        self.x += _STEP_X[actions]
-        np.maximum(self.x, 0, out=self.x)
-        np.minimum(self.x, 9, out=self.x)
-        self.y += _STEP_Y[actions]
-        np.maximum(self.y, 1, out=self.y)
-        np.minimum(self.y, 8, out=self.y)
+        self.x[:] = _COLUMN_AFTER[actions, self.x]
+        self.y[:] = self._ROW_AFTER[actions, self.y]
 
         place = self._places + self.y - 1
         rewards = self._meet(place)
@@ -487,9 +489,9 @@ class Asterix:
 class Seaquest:
     """Planes: submarine, its back, own bullets, trails, enemy bullets, fish, enemy submarines, oxygen, rescued, divers.
 
-    Places are cells of a sea of 10 rows and 12 columns, one outside the screen on either side. What is gone is in a cell
-    from which it cannot come back. Enemies keep the order in which they came, fish and submarines each among themselves,
-    for the package's rules depend on it.
+    The sea's cells are counted in 10 rows of 12 columns, one outside the screen on either side. What swims is kept in
+    ``cell``, ``direction`` and ``kind``: two bullets of our own, two divers, and the enemies in the order in which they
+    came, with gaps where one is gone; the package's rules depend on that order.
     """
 
     channels: ClassVar[int] = 10
@@ -502,65 +504,70 @@ class Seaquest:
     _DIVER_MOVE_INTERVAL = 5
     _SHOT_COOL_DOWN = 5
     _ENEMY_SHOT_INTERVAL = 10
-    _ENEMIES = (
-        40  # at the fastest one comes every step and stays for 30; a few slower ones may still be there
+    _BULLET, _TRAIL, _ENEMY_BULLET, _FISH, _SUBMARINE, _DIVER = 2, 3, 4, 5, 6, 9  # kinds, also planes
+
+    # There are never more than two bullets or divers: the newer is the second, whether there is a first or not. At the
+    # fastest an enemy comes every step and stays for 30; a few slower ones may still be there.
+    _ENEMIES = 40
+    # Cells for what is gone: outside, as are their neighbours, and two of them, so that nothing gone meets another.
+    _GONE, _ENEMY_GONE = 121, 124
+    _NOWHERE = np.array([_GONE] * 4 + [_ENEMY_GONE] * _ENEMIES)
+    _ROWS, _COLUMNS = np.divmod(np.arange(126), 12)
+    _OUTSIDE = (_COLUMNS == 0) | (_COLUMNS == 11) | (_ROWS >= 10)
+    _IN_PLANES = np.where(_OUTSIDE, 2**40, (_ROWS * 10 + _COLUMNS - 1) * 10)  # outside: beyond all planes
+    _CELL_AFTER = (
+        12 * _after(_UP, _DOWN, 0, 8)[:, _ROWS % 10] + _COLUMN_AFTER[:, _COLUMNS.clip(1, 10) - 1] + 1
     )
-    _GONE, _ENEMY_GONE = 121, 124  # two, so that nothing gone meets
-    _OUTSIDE = (np.arange(126) % 12 % 11 == 0) | (np.arange(126) >= 120)
-    _ON_SCREEN = np.arange(126) // 12 * 10 + np.arange(126) % 12 - 1
+    _NEVER = -1  # a timer that only falls
+    _OXYGEN_GAUGE = np.arange(10) < np.arange(11)[:, None]
+    _RESCUED_GAUGE = np.arange(9) >= 9 - np.arange(7)[:, None]
 
     def __init__(self, num_envs: int, ramping: bool) -> None:
         self._ramping = ramping
         (
-            self.x,
-            self.y,
+            self.here,  # the submarine's cell
             self.facing,  # -1 or 1, as all directions
             self.oxygen,
             self.rescued,  # below 0 after six were brought up: a quirk of the package
-            self.shot_timer,
             self.spawn_interval,
-            self.spawn_timer,
-            self.diver_timer,
             self.move_interval,
             self.ramps,
-            self.enemies,  # that have places, the gaps of those gone among them
-        ) = self._numbers = np.zeros((12, num_envs), np.int64)
+            self.enemies,  # that have a place, gaps included
+            self.spawn_timer,
+            self.diver_timer,
+            self.shot_timer,
+        ) = self._numbers = np.zeros((11, num_envs), np.int64)
+        self._timers = self._numbers[8:]
+        self._start = np.array(
+            [
+                *(6, -1, self._OXYGEN, 0, self._SPAWN_INTERVAL, self._MOVE_INTERVAL, 0, 0),
+                *(self._SPAWN_INTERVAL, self._DIVER_INTERVAL, 0),
+            ]
+        )[:, None]
         self.surfaced = np.zeros(num_envs, np.bool_)
         self.terminal = np.zeros(num_envs, np.bool_)
-        # Of bullets and of divers there are never more than two: the newer is the second, whether there is a first or not.
-        self.bullet, self.bullet_direction = np.zeros((2, num_envs, 2), np.int64)
-        self.diver, self.diver_direction, self.diver_move_timer = np.zeros((3, num_envs, 2), np.int64)
-        (
-            self.enemy,
-            self.enemy_direction,
-            self.enemy_move_timer,
-            self.enemy_shot_timer,
-            self.enemy_shoots,  # 1: a submarine; 0: a fish
-        ) = self._enemies = np.zeros((5, num_envs, self._ENEMIES), np.int64)
-        self.leftward_bullets = np.zeros((num_envs, 120), np.bool_)  # the enemies'
-        self.rightward_bullets = np.zeros((num_envs, 120), np.bool_)
+        self.cell, self.direction, self.kind = np.zeros((3, num_envs, 4 + self._ENEMIES), np.int64)
+        self.kind[:, :4] = self._BULLET, self._BULLET, self._DIVER, self._DIVER
+        self._bullet, self._diver, self._enemy = self.cell[:, :2], self.cell[:, 2:4], self.cell[:, 4:]
+        self.diver_move_timer = np.zeros((num_envs, 2), np.int64)
+        self.enemy_move_timer, self.enemy_shot_timer = np.zeros((2, num_envs, self._ENEMIES), np.int64)
+        self._enemy_bullets = np.zeros((2, num_envs, 120), np.bool_)
+        self.leftward_bullets, self.rightward_bullets = self._enemy_bullets
         self.arrays = {
             name: value
             for name, value in vars(self).items()
-            if isinstance(value, np.ndarray) and name[0] != "_"
+            if isinstance(value, np.ndarray) and not name.startswith("_")
         }
-        self._copies = np.arange(num_envs)
-        x, facing, spawn, divers, move = (
-            5,
-            -1,
-            self._SPAWN_INTERVAL,
-            self._DIVER_INTERVAL,
-            self._MOVE_INTERVAL,
-        )
-        self._start = np.array([[x, 0, facing, self._OXYGEN, 0, 0, spawn, spawn, divers, move, 0, 0]]).T
+        # Where in ``_enemy_bullets`` is what touches cell 0, after it has moved: there now, or there before.
+        offsets = np.array([0, -1, num_envs * 120, num_envs * 120 + 1])
+        self._touching = offsets[:, None] + np.arange(num_envs) * 120
 
     def begin(self, rows: np.ndarray, random: RandomStreams) -> None:
         self._numbers[:, rows] = self._start
         self.surfaced[rows] = True
         self.terminal[rows] = False
-        self.bullet[rows] = self.diver[rows] = self._GONE
-        self.enemy[rows] = self._ENEMY_GONE
-        self.leftward_bullets[rows] = self.rightward_bullets[rows] = False
+        self.cell[rows] = self._NOWHERE
+        self._enemy_bullets[:, rows] = False
 
     def act(self, actions: np.ndarray, random: RandomStreams) -> np.ndarray:
         spawning = np.flatnonzero(self.spawn_timer == 0)
@@ -573,165 +580,165 @@ class Seaquest:
         fires = np.flatnonzero((actions == _FIRE) & (self.shot_timer == 0))
         if len(fires):
             self.shot_timer[fires] = self._SHOT_COOL_DOWN
-            self._append(fires, self.bullet, self.bullet_direction)
-            self.bullet[fires, 1] = self.y[fires] * 12 + self.x[fires] + 1
-            self.bullet_direction[fires, 1] = self.facing[fires]
-        turns = _STEP_X[actions]
-        self.x += turns
-        np.maximum(self.x, 0, out=self.x)
-        np.minimum(self.x, 9, out=self.x)
-        np.copyto(self.facing, turns, where=turns != 0)
-        self.y += _STEP_Y[actions]
-        np.maximum(self.y, 0, out=self.y)
-        np.minimum(self.y, 8, out=self.y)
-        here = self.y * 12 + self.x + 1
+            self._make_room(fires, 1)
+            self.cell[fires, 1] = self.here[fires]
+            self.direction[fires, 1] = self.facing[fires]
+        np.copyto(self.facing, actions - 2, where=(actions == _LEFT) | (actions == _RIGHT))
+        self.here[:] = self._CELL_AFTER[actions, self.here]
 
         width = int(self.enemies.max())
         rewards = np.zeros(len(actions), np.float32)
         self._move_bullets(width, rewards)
-        for newer in (1, 0):
-            self._move_divers(newer, here)
-        self._move_enemies(width, here, rewards)
-        self._move_enemy_bullets(here)
+        if (self.rescued == 5).any():  # there may be room for one of two: the newer is first
+            self._move_divers(slice(1, 2))
+            self._move_divers(slice(0, 1))
+        else:
+            self._move_divers(slice(0, 2))
+        self._move_enemies(width, rewards)
+        self._move_enemy_bullets()
+        swimming = self.cell[:, : 4 + width]
+        np.copyto(swimming, self._NOWHERE[: 4 + width], where=self._OUTSIDE[swimming])
 
-        self.spawn_timer -= self.spawn_timer > 0
-        self.diver_timer -= self.diver_timer > 0
-        self.shot_timer -= self.shot_timer > 0
+        self._timers -= self._timers > 0
         self.terminal |= self.oxygen <= 0
-        deep = self.y > 0
-        self.oxygen -= deep
-        self.surfaced &= ~deep
-        surfacing = np.flatnonzero(~(deep | self.surfaced))
+        shallow = self.here < 12
+        self.oxygen -= ~shallow
+        surfacing = np.flatnonzero(shallow & ~self.surfaced)
+        self.surfaced &= shallow
         if len(surfacing):
             self._surface(surfacing, rewards)
         return rewards
 
-    def _append(self, rows: np.ndarray, places: np.ndarray, *others: np.ndarray) -> None:
-        """Make room for a newer one: the second, where there is one, becomes the first."""
-        rows = rows[places[rows, 1] != self._GONE]
+    def _make_room(self, rows: np.ndarray, newer: int) -> None:
+        """For a new bullet or diver: the newer one, where there is one, becomes the older."""
+        rows = rows[self.cell[rows, newer] != self._GONE]
         if len(rows):
-            for values in (places, *others):
-                values[rows, 0] = values[rows, 1]
+            self.cell[rows, newer - 1] = self.cell[rows, newer]
+            self.direction[rows, newer - 1] = self.direction[rows, newer]
 
     def _spawn_enemies(self, rows: np.ndarray, random: RandomStreams) -> None:
         self.spawn_timer[rows] = self.spawn_interval[rows]
         uniforms = random.draw(rows, 3)
         direction = np.where(uniforms[:, 0] < 1 / 2, 1, -1)
-        shoots = uniforms[:, 1] < 1 / 3
+        kind = np.where(uniforms[:, 1] < 1 / 3, self._SUBMARINE, self._FISH)
         y = 1 + (uniforms[:, 2] * 8).astype(np.int64)
         # None comes into a row where others swim the other way.
-        width = int(self.enemies.max())
-        blocked = self.enemy[rows, :width] // 12 == y[:, None]
-        blocked &= self.enemy_direction[rows, :width] != direction[:, None]
-        free = ~blocked.any(1)
-        rows, direction, shoots, y = rows[free], direction[free], shoots[free], y[free]
-        full = rows[self.enemies[rows] % 8 == 7]
+        width = 4 + int(self.enemies.max())
+        blocked = self._ROWS[self.cell[rows, 4:width]] == y[:, None]
+        blocked &= self.direction[rows, 4:width] != direction[:, None]
+        blocked_rows = blocked.any(1)
+        if blocked_rows.any():
+            free = ~blocked_rows
+            rows, direction, kind, y = rows[free], direction[free], kind[free], y[free]
+        full = rows[self.enemies[rows] % 12 == 11]
         if len(full):
             self._close_gaps(full)
         place = self.enemies[rows]
-        self.enemy[rows, place] = y * 12 + np.where(direction > 0, 1, 10)
-        self.enemy_direction[rows, place] = direction
+        self.cell[rows, 4 + place] = y * 12 + np.where(direction > 0, 1, 10)
+        self.direction[rows, 4 + place] = direction
+        self.kind[rows, 4 + place] = kind
         self.enemy_move_timer[rows, place] = self.move_interval[rows]
-        self.enemy_shot_timer[rows, place] = self._ENEMY_SHOT_INTERVAL
-        self.enemy_shoots[rows, place] = shoots
+        self.enemy_shot_timer[rows, place] = np.where(
+            kind == self._SUBMARINE, self._ENEMY_SHOT_INTERVAL, self._NEVER
+        )
         self.enemies[rows] += 1
 
     def _close_gaps(self, rows: np.ndarray) -> None:
-        gone = self.enemy[rows] == self._ENEMY_GONE
+        gone = self._enemy[rows] == self._ENEMY_GONE
         order = np.argsort(gone, axis=1, kind="stable")
-        self._enemies[:, rows] = self._enemies[:, rows[:, None], order]
+        for values in (self.cell[:, 4:], self.direction[:, 4:], self.kind[:, 4:]):
+            values[rows] = values[rows[:, None], order]
+        for values in (self.enemy_move_timer, self.enemy_shot_timer):
+            values[rows] = values[rows[:, None], order]
         self.enemies[rows] = self._ENEMIES - gone.sum(1)
 
     def _spawn_divers(self, rows: np.ndarray, random: RandomStreams) -> None:
         self.diver_timer[rows] = self._DIVER_INTERVAL
         uniforms = random.draw(rows, 2)
         rightwards = uniforms[:, 0] < 1 / 2
-        self._append(rows, self.diver, self.diver_direction, self.diver_move_timer)
         y = 1 + (uniforms[:, 1] * 8).astype(np.int64)
-        self.diver[rows, 1] = y * 12 + np.where(rightwards, 1, 10)
-        self.diver_direction[rows, 1] = np.where(rightwards, 1, -1)
+        self._make_room(rows, 3)
+        self.diver_move_timer[rows, 0] = self.diver_move_timer[rows, 1]
+        self.cell[rows, 3] = y * 12 + np.where(rightwards, 1, 10)
+        self.direction[rows, 3] = np.where(rightwards, 1, -1)
         self.diver_move_timer[rows, 1] = self._DIVER_MOVE_INTERVAL
 
     def _move_bullets(self, width: int, rewards: np.ndarray) -> None:
         """Each hits the oldest fish where it comes, else the oldest submarine."""
-        self.bullet += self.bullet_direction
-        np.copyto(self.bullet, self._GONE, where=self._OUTSIDE[self.bullet])
-        enemy = self.enemy[:, :width]
+        bullet, enemy = self._bullet, self._enemy[:, :width]
+        bullet += self.direction[:, :2]
         for newer in (1, 0):
-            met = enemy == self.bullet[:, newer : newer + 1]
+            met = enemy == bullet[:, newer : newer + 1]
             if met.any():
                 rows = np.flatnonzero(met.any(1))
-                rank = np.arange(width) + width * self.enemy_shoots[rows, :width]
-                hit = np.where(met[rows], rank, 2 * width).argmin(1)
+                rank = np.arange(width) + width * self.kind[rows, 4 : 4 + width]
+                hit = np.where(met[rows], rank, 9 * width).argmin(1)
                 enemy[rows, hit] = self._ENEMY_GONE
-                self.bullet[rows, newer] = self._GONE
+                bullet[rows, newer] = self._GONE
                 rewards[rows] += 1
 
-    def _move_divers(self, newer: int, here: np.ndarray) -> None:
-        diver, timer = self.diver[:, newer], self.diver_move_timer[:, newer]  # views
-        picked = (diver == here) & (self.rescued < 6)
+    def _move_divers(self, which: slice) -> None:
+        diver, timer = self._diver[:, which], self.diver_move_timer[:, which]
+        here, has_room = self.here[:, None], (self.rescued < 6)[:, None]
+        picked = (diver == here) & has_room
         moving = (timer == 0) & ~picked
         timer -= 1
         np.copyto(timer, self._DIVER_MOVE_INTERVAL, where=moving)
-        diver += self.diver_direction[:, newer] * moving
-        picked |= moving & (diver == here) & (self.rescued < 6)
-        self.rescued += picked
-        np.copyto(diver, self._GONE, where=picked | self._OUTSIDE[diver])
+        diver += self.direction[:, 2:4][:, which] * moving
+        picked |= (diver == here) & has_room
+        if picked.any():
+            self.rescued += picked.sum(1)
+            np.copyto(diver, self._GONE, where=picked)
 
-    def _move_enemies(self, width: int, here: np.ndarray, rewards: np.ndarray) -> None:
-        enemy, timer = self.enemy[:, :width], self.enemy_move_timer[:, :width]  # views, as are the others
-        shot_timer, shoots = self.enemy_shot_timer[:, :width], self.enemy_shoots[:, :width]
-        direction = self.enemy_direction[:, :width]
-        was_here = enemy == here[:, None]
+    def _move_enemies(self, width: int, rewards: np.ndarray) -> None:
+        enemy, timer = self._enemy[:, :width], self.enemy_move_timer[:, :width]
+        shot_timer, direction = self.enemy_shot_timer[:, :width], self.direction[:, 4 : 4 + width]
+        was_here = enemy == self.here[:, None]
         moving = timer == 0
         timer -= 1
         np.copyto(timer, self.move_interval[:, None], where=moving)
         enemy += direction * moving
-        is_here = enemy == here[:, None]
+        is_here = enemy == self.here[:, None]
         self.terminal |= (was_here | is_here).any(1)
 
-        shooting = (shot_timer == 0) & (shoots != 0)
+        shooting = shot_timer == 0
         shot_timer -= 1
-        np.copyto(shot_timer, self._ENEMY_SHOT_INTERVAL, where=shooting)
         if (
             shooting.any()
         ):  # even those that meet a bullet below, and in the package those that leave the screen
+            shot_timer[shooting] = self._ENEMY_SHOT_INTERVAL
             rows, places = np.nonzero(shooting & ~self._OUTSIDE[enemy])
-            cells, rightwards = enemy[rows, places], direction[rows, places] > 0
-            self.rightward_bullets[rows[rightwards], cells[rightwards]] = True
-            self.leftward_bullets[rows[~rightwards], cells[~rightwards]] = True
+            self._enemy_bullets[(direction[rows, places] > 0).astype(np.int64), rows, enemy[rows, places]] = (
+                True
+            )
 
-        met = ((enemy == self.bullet[:, :1]) | (enemy == self.bullet[:, 1:])) & moving & ~is_here
+        met = (enemy == self._bullet[:, :1]) | (enemy == self._bullet[:, 1:])
         if met.any():
-            self._meet_bullets(met, enemy, shoots, rewards)
-        np.copyto(enemy, self._ENEMY_GONE, where=self._OUTSIDE[enemy])
+            self._meet_bullets(met & ~is_here & ~self._OUTSIDE[enemy], width, rewards)
 
-    def _meet_bullets(
-        self, met: np.ndarray, enemy: np.ndarray, shoots: np.ndarray, rewards: np.ndarray
-    ) -> None:
+    def _meet_bullets(self, met: np.ndarray, width: int, rewards: np.ndarray) -> None:
         """Enemies ran into bullets, ``met``: of each bullet it is a submarine before a fish, and the newest."""
-        width = enemy.shape[1]
+        bullet, enemy = self._bullet, self._enemy[:, :width]
         rows = np.flatnonzero(met.any(1))
         while len(rows):  # twice at most: there are two bullets
             # The package takes off its list the first that equals this one. It is this one: another in the same place
             # had its move behind it, and the bullet, coming there, would have hit it already.
-            hit = np.where(met[rows], 1 + np.arange(width) + width * shoots[rows], 0).argmax(1)
-            bullet = (self.bullet[rows, 0] != enemy[rows, hit]).astype(np.int64)
-            self.bullet[rows, bullet] = self._GONE
+            rank = np.arange(width) + width * self.kind[rows, 4 : 4 + width]
+            hit = np.where(met[rows], rank, 0).argmax(1)
+            which = (bullet[rows, 0] != enemy[rows, hit]).astype(np.int64)
+            bullet[rows, which] = self._GONE
             enemy[rows, hit] = self._ENEMY_GONE
             rewards[rows] += 1
-            met[rows] &= (enemy[rows] == self.bullet[rows, :1]) | (enemy[rows] == self.bullet[rows, 1:])
+            met[rows] &= (enemy[rows] == bullet[rows, :1]) | (enemy[rows] == bullet[rows, 1:])
             rows = rows[met[rows].any(1)]
 
-    def _move_enemy_bullets(self, here: np.ndarray) -> None:
-        left, right = self.leftward_bullets, self.rightward_bullets
-        here = self._copies * 120 + here
-        self.terminal |= left.reshape(-1)[here] | right.reshape(-1)[here]
-        right[:, 1:] = right[:, :-1]
-        right[:, 0::12] = right[:, 11::12] = False
+    def _move_enemy_bullets(self) -> None:
+        left, right = self._enemy_bullets
         left[:, :-1] = left[:, 1:]
-        left[:, 0::12] = left[:, 11::12] = False
-        self.terminal |= left.reshape(-1)[here] | right.reshape(-1)[here]
+        right[:, 1:] = right[:, :-1]
+        self.terminal |= self._enemy_bullets.reshape(-1)[self._touching + self.here].any(0)
+        self._enemy_bullets[:, :, 0::12] = False
+        self._enemy_bullets[:, :, 11::12] = False
 
     def _surface(self, rows: np.ndarray, rewards: np.ndarray) -> None:
         empty = self.rescued[rows] == 0
@@ -752,27 +759,24 @@ class Seaquest:
             self.ramps[rows] += (move_interval > 2) | (spawn_interval > 1)
 
     def planes(self, rows: Rows) -> np.ndarray:
-        x, y = self.x[rows], self.y[rows]
-        planes, flat, first = _canvas(len(x), self.channels)
-        submarine = first + (y * 10 + x) * 10
-        flat[submarine] = True
-        flat[submarine - 10 * self.facing[rows] + 1] = True
-        enemy_bullets = (self.leftward_bullets[rows] | self.rightward_bullets[rows]).reshape(-1, 10, 12)
-        planes.reshape(-1, 10, 10, 10)[..., 4] = enemy_bullets[:, :, 1:11]
-        columns = np.arange(10)
-        planes[:, 90:, 7] = columns < (np.maximum(self.oxygen[rows], 0) * 10 // self._OXYGEN)[:, None]
-        planes[:, 90:99, 8] = columns[:9] >= 9 - self.rescued[rows][:, None]
+        here, width = self.here[rows], 4 + int(self.enemies.max())
+        planes, flat, first = _canvas(len(here), self.channels)
+        planes[:, 90:, 7] = self._OXYGEN_GAUGE[np.maximum(self.oxygen[rows], 0) * 10 // self._OXYGEN]
+        planes[:, 90:99, 8] = self._RESCUED_GAUGE[np.maximum(self.rescued[rows], 0)]
+        enemy_bullets = self.leftward_bullets[rows] | self.rightward_bullets[rows]
+        planes.reshape(-1, 10, 10, 10)[..., self._ENEMY_BULLET] = enemy_bullets.reshape(-1, 10, 12)[
+            :, :, 1:11
+        ]
 
-        width = int(self.enemies.max())
-        enemy, diver = self.enemy[rows, :width], self.diver[rows]
-        enemy_trail = enemy - self.enemy_direction[rows, :width]
-        diver_trail = diver - self.diver_direction[rows]
-        cells = np.concatenate([self.bullet[rows], diver, diver_trail, enemy_trail, enemy], axis=1)
-        plane = np.empty_like(cells)
-        plane[:, :2], plane[:, 2:4], plane[:, 4 : 6 + width] = 2, 9, 3
-        plane[:, 6 + width :] = 5 + self.enemy_shoots[rows, :width]
-        seen = ~self._OUTSIDE[cells]
-        flat[(first[:, None] + self._ON_SCREEN[cells] * 10 + plane)[seen]] = True
+        flat[first + self._IN_PLANES[here]] = True
+        flat[first + self._IN_PLANES[here - self.facing[rows]] + 1] = True
+        first = first[:, None]
+        cell, nothing = self.cell[rows, :width], len(flat) - 1
+        # The very last place, where no diver ever is, takes what is outside.
+        flat[np.minimum(self._IN_PLANES[cell] + (first + self.kind[rows, :width]), nothing)] = True
+        behind = (cell - self.direction[rows, :width])[:, 2:]
+        flat[np.minimum(self._IN_PLANES[behind] + (first + self._TRAIL), nothing)] = True
+        flat[nothing:] = False
         return planes.reshape(-1, 10, 10, self.channels)
 
 

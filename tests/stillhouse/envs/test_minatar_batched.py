@@ -182,9 +182,9 @@ def reached(game: str, episode_return: np.ndarray, envs: MinAtarVectorEnv) -> se
             "surfaced with six": batch.rescued < 0,
             "faster moves": batch.move_interval < 5,
             "no oxygen": batch.oxygen <= 0,
-            "two bullets": (batch.bullet < 120).all(1),
-            "two divers": (batch.diver < 120).all(1),
-            "seven enemies came": batch.enemies >= 7,
+            "two bullets": (batch.cell[:, 0:2] < 120).all(1),
+            "two divers": (batch.cell[:, 2:4] < 120).all(1),
+            "gaps to close": (batch.enemies == 11) & (batch.cell[:, 4:15] > 120).any(1),
         },
         "space_invaders": lambda: {
             "second wave": episode_return > 24,
@@ -208,7 +208,7 @@ EVENTS = {
         "no oxygen",
         "two bullets",
         "two divers",
-        "seven enemies came",
+        "gaps to close",
     },
     "space_invaders": {"second wave", "third wave", "one left", "low aliens"},
 }
@@ -318,8 +318,6 @@ def put_into(batch: Any, row: int, sea: dict[str, Any]) -> None:
         return 1 if rightwards else -1
 
     for ours, theirs in {
-        "x": "sub_x",
-        "y": "sub_y",
         "oxygen": "oxygen",
         "rescued": "diver_count",
         "surfaced": "surface",
@@ -331,24 +329,25 @@ def put_into(batch: Any, row: int, sea: dict[str, Any]) -> None:
         "shot_timer": "shot_timer",
     }.items():
         getattr(batch, ours)[row] = sea[theirs]
+    batch.here[row] = cell([sea["sub_x"], sea["sub_y"]])
     batch.facing[row] = direction(sea["sub_or"])
-    for place, bullet in enumerate(sea["f_bullets"], 2 - len(sea["f_bullets"])):
-        batch.bullet[row, place] = cell(bullet)
-        batch.bullet_direction[row, place] = direction(bullet[2])
-    for place, diver in enumerate(sea["divers"], 2 - len(sea["divers"])):
-        batch.diver[row, place] = cell(diver)
-        batch.diver_direction[row, place] = direction(diver[2])
-        batch.diver_move_timer[row, place] = diver[3]
     for bullet in sea["e_bullets"]:
         (batch.rightward_bullets if bullet[2] else batch.leftward_bullets)[row, cell(bullet)] = True
     enemies = sea["e_fish"] + sea["e_subs"]
+    for place, entity in (
+        *enumerate(sea["f_bullets"], 2 - len(sea["f_bullets"])),
+        *enumerate(sea["divers"], 4 - len(sea["divers"])),
+        *enumerate(enemies, 4),
+    ):
+        batch.cell[row, place] = cell(entity)
+        batch.direction[row, place] = direction(entity[2])
+    for place, diver in enumerate(sea["divers"], 2 - len(sea["divers"])):
+        batch.diver_move_timer[row, place] = diver[3]
     batch.enemies[row] = len(enemies)
     for place, enemy in enumerate(enemies):
-        batch.enemy[row, place] = cell(enemy)
-        batch.enemy_direction[row, place] = direction(enemy[2])
+        batch.kind[row, 4 + place] = 6 if len(enemy) == 5 else 5
         batch.enemy_move_timer[row, place] = enemy[3]
-        batch.enemy_shoots[row, place] = len(enemy) == 5
-        batch.enemy_shot_timer[row, place] = enemy[4] if len(enemy) == 5 else 10
+        batch.enemy_shot_timer[row, place] = enemy[4] if len(enemy) == 5 else -1
 
 
 def test_seaquest_keeps_the_packages_order_where_much_happens_at_once() -> None:
@@ -375,7 +374,7 @@ def test_seaquest_keeps_the_packages_order_where_much_happens_at_once() -> None:
         for row, game in enumerate(package.games):
             theirs = [enemy[4] for enemy in game.env.e_subs]
             batch: Any = ours.game
-            present = (batch.enemy[row] < 120) & (batch.enemy_shoots[row] == 1)
+            present = (batch.cell[row, 4:] < 120) & (batch.kind[row, 4:] == 6)
             assert batch.enemy_shot_timer[row, present].tolist() == theirs
     assert hits > rounds * num_envs / 4
 
