@@ -12,22 +12,32 @@ judged on seeds from 100 up, on the last weights, over 100 greedy episodes of th
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
+from stillhouse.multi_task.hard_sharing import HardSharing, HardSharingConfig
+
+from benchmarks.machine import RESULTS, provenance
+from stillhouse import seeding
 from stillhouse.agents import make_learner
 from stillhouse.checkpoint import load_checkpoint, save_checkpoint
 from stillhouse.datasets.collect import CollectConfig, Teacher, collect
 from stillhouse.datasets.reader import Dataset
+from stillhouse.distillation.offline import Distillation, DistillationConfig
+from stillhouse.distillation.on_policy import OnPolicyConfig, OnPolicyDistillation
 from stillhouse.envs.make import EnvironmentConfig
+from stillhouse.envs.vector import VectorEnvironment
 from stillhouse.evaluation.rollouts import evaluate, network_policy
+from stillhouse.evaluation.statistics import geometric_mean, normalised_score
 from stillhouse.files import write_json
-from stillhouse.networks.multi_task import MultiTaskNetwork, parameter_count
+from stillhouse.networks.multi_task import MultiTaskNetwork, NetworkSpec, build_network, parameter_count
 from stillhouse.processor import use_one_core
 
 GAMES = {
@@ -41,6 +51,7 @@ SEEDS = (100, 101, 102, 103, 104)
 TEACHER_STEPS, LONG_STEPS = 1_500_000, 5_000_000
 TRANSITIONS = 100_000  # a dataset's
 EPISODES = 100
+Stream = Literal["test", "validation"]
 
 
 @dataclass(frozen=True)
@@ -62,10 +73,11 @@ def environment(game: str) -> EnvironmentConfig:
     return EnvironmentConfig(id=GAMES[game])
 
 
-def judge(network: MultiTaskNetwork, game: str, seed: int) -> float:
-    """Mean greedy return on the test stream."""
+def judge(network: MultiTaskNetwork, game: str, seed: int, stream: Stream = "test") -> float:
+    """Mean greedy return."""
     policy = network_policy(network, game)
-    return float(evaluate(policy, environment(game), EPISODES, seed, num_envs=EPISODES).returns.mean())
+    played = evaluate(policy, environment(game), EPISODES, seed, num_envs=EPISODES, stream=stream)
+    return float(played.returns.mean())
 
 
 def teacher(folder: Path, game: str, env_steps: int, seed: int) -> dict[str, Any]:
@@ -130,7 +142,313 @@ def dataset_jobs() -> Iterator[Job]:
             yield Job("datasets", f"{game}-s{seed}", dataset, {"game": game, "seed": seed})
 
 
-PHASES: dict[str, Callable[[], Iterator[Job]]] = {"teachers": teacher_jobs, "datasets": dataset_jobs}
+def environments_of(games: list[str]) -> dict[str, EnvironmentConfig]:
+    """The games by name."""
+    return {game: environment(game) for game in games}
+
+
+def student(
+    folder: Path, games: list[str], seed: int, settings: dict[str, Any], judged_every: int = 0
+) -> dict[str, Any]:
+    """Distil; returns on the test stream at the end, and on the validation stream as it goes on."""
+    teachers = {game: teacher_network(folder, game, seed) for game in games}
+    distillation: Distillation | OnPolicyDistillation
+    if settings["method"] == "on_policy":
+        config = OnPolicyConfig(**settings)
+        distillation = OnPolicyDistillation(config, teachers, environments_of(games), seed)
+    else:
+        datasets = {game: Dataset.open(folder / "datasets" / f"{game}-s{seed}") for game in games}
+        needed = teachers if settings.get("feature_weight") else {}
+        distillation = Distillation(DistillationConfig(**settings), datasets, seed, teachers=needed)
+    curve: list[list[Any]] = []
+    seconds, started = 0.0, time.perf_counter()
+    for report in distillation.train():
+        if judged_every and report.done % judged_every == 0:
+            seconds += time.perf_counter() - started
+            now = distillation.training.student(best=False)
+            curve.append([report.done, {game: judge(now, game, seed, "validation") for game in games}])
+            started = time.perf_counter()
+    seconds += time.perf_counter() - started
+    network = distillation.student()
+    return {
+        "returns": {game: judge(network, game, seed) for game in games},
+        "parameters": parameter_count(network),
+        "teacher_parameters": distillation.teacher_parameters,
+        "updates": distillation.updates,
+        "env_steps": getattr(distillation, "env_steps", 0),
+        "seconds": seconds,
+        "curve": curve,
+    }
+
+
+def joint(folder: Path, seed: int) -> dict[str, Any]:
+    """The five-game student's network, trained jointly by multi-task PQN on the experience that distillation took."""
+    distilled = json.loads((folder / "one_student" / f"on_policy-s{seed}.json").read_text())
+    size = OnPolicyConfig(**ONE_STUDENT["on-policy"]).size
+    names = list(GAMES)
+    envs = {
+        game: VectorEnvironment(environment(game), HardSharingConfig().num_envs, seed, "train")
+        for game in names
+    }
+    spec = NetworkSpec(
+        size=size, environments={game: env.spec for game, env in envs.items()}, output="q_values"
+    )
+    network = build_network(spec, seeding.derive(seed, "network"))
+    config = HardSharingConfig(env_steps=TEACHER_STEPS + distilled["env_steps"] // len(names))
+    learner = HardSharing(config, network, envs, seed)
+    started = time.perf_counter()
+    for _ in learner.train():
+        pass
+    return {
+        "returns": {game: judge(learner.network, game, seed) for game in names},
+        "parameters": parameter_count(learner.network),
+        "env_steps": learner.env_steps,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+# A teacher's own shape, scaled to a share of its parameters.
+SINGLE = {
+    "method": "offline",
+    "loss": "kl",
+    "temperature": 0.1,
+    "batch_size": 256,
+    "updates": 10_000,
+    "evaluation_interval": 500,
+    "patience": 0,
+    "size": {"conv_channels": 16, "features": 128, "torso": (), "layer_norm": True},
+}
+LOSSES: dict[str, dict[str, Any]] = {
+    "nll": {"loss": "nll"},
+    "mse": {"loss": "mse"},
+    "kl 0.01": {"temperature": 0.01},
+    "kl 0.1": {"temperature": 0.1},
+    "kl 1": {"temperature": 1.0},
+    "kl gap": {"temperature": None, "temperature_rule": "action_gap"},
+}
+SIZES = {"100 %": 1.0, "25 %": 0.25, "7 %": 0.07, "4 %": 0.04}
+ON_POLICY = {"method": "on_policy", "batch_size": 128, "updates": 20_000, "evaluation_interval": 1000}
+# Eight filters of each game's own, then one dense layer for all games: 43,843 parameters, 1/15.2 of the teachers'.
+FIVE_GAMES = {"conv_channels": 8, "features": 76, "torso": (), "layer_norm": True, "share_planes": True}
+ONE_STUDENT: dict[str, dict[str, Any]] = {
+    "on-policy": {**SINGLE, **ON_POLICY, "size": FIVE_GAMES},
+    "offline": {
+        **SINGLE,
+        "batch_size": 128,
+        "updates": 20_000,
+        "evaluation_interval": 1000,
+        "size": FIVE_GAMES,
+    },
+}
+
+
+def single_jobs(phase: str, arms: dict[str, dict[str, Any]], seeds: tuple[int, ...]) -> Iterator[Job]:
+    """One student a game, arm and seed."""
+    for arm, settings in arms.items():
+        for seed in seeds:
+            for game in GAMES:
+                arguments = {"games": [game], "seed": seed, "settings": settings}
+                yield Job(phase, f"{slug(arm)}-{game}-s{seed}", student, arguments)
+
+
+def slug(arm: str) -> str:
+    """An arm's name in file names."""
+    return arm.replace(" %", "pc").replace(" ", "_").replace("-", "_")
+
+
+def loss_arms() -> dict[str, dict[str, Any]]:
+    """Losses at a quarter of the teacher's parameters."""
+    return {arm: {**SINGLE, "parameter_fraction": 0.25, **changes} for arm, changes in LOSSES.items()}
+
+
+def compression_arms() -> dict[str, dict[str, Any]]:
+    """Sizes, offline as in the paper, and on-policy."""
+    arms = {arm: {**SINGLE, "parameter_fraction": share} for arm, share in SIZES.items()}
+    for arm in ("25 %", "7 %", "4 %"):
+        arms[f"{arm} on-policy"] = {**arms[arm], **ON_POLICY, "updates": 10_000}
+    return arms
+
+
+def one_student_jobs() -> Iterator[Job]:
+    """One student for five games, on-policy and offline."""
+    for arm, settings in ONE_STUDENT.items():
+        for seed in SEEDS:
+            arguments = {"games": list(GAMES), "seed": seed, "settings": settings, "judged_every": 2000}
+            yield Job("one_student", f"{slug(arm)}-s{seed}", student, arguments)
+
+
+def joint_jobs() -> Iterator[Job]:
+    """The same network without teachers."""
+    for seed in SEEDS:
+        yield Job("joint", f"s{seed}", joint, {"seed": seed})
+
+
+PHASES: dict[str, Callable[[], Iterator[Job]]] = {
+    "teachers": teacher_jobs,
+    "datasets": dataset_jobs,
+    "one_student": one_student_jobs,
+    "joint": joint_jobs,
+    "losses": lambda: single_jobs("losses", loss_arms(), SEEDS),
+    "compression": lambda: single_jobs("compression", compression_arms(), SEEDS),
+}
+
+
+def assemble(folder: Path) -> None:
+    """Write every study of which all jobs are done to ``benchmarks/results/policy_distillation/``."""
+    teachers = {
+        steps: Results(folder, "teachers", f"{{game}}-{steps}-s{{seed}}")
+        for steps in (TEACHER_STEPS, LONG_STEPS)
+    }
+    for steps, arm in ((TEACHER_STEPS, "1.5M env steps"), (LONG_STEPS, "5M env steps")):
+        seeds = SEEDS if steps == TEACHER_STEPS else SEEDS[:3]
+        if (found := teachers[steps]).complete(seeds):
+            arms = {f"PQN, {arm}": {"returns": found.matrix("return", seeds)}}
+            name = "teachers" if steps == TEACHER_STEPS else "teachers_long"
+            save_study(name, "How good are the teachers?", seeds, arms, teachers[steps])
+    for study, question, settings in (
+        ("losses", "Which loss?", loss_arms()),
+        ("compression", "How small can a student be?", compression_arms()),
+    ):
+        arms = {}
+        for arm in settings:
+            if (found := Results(folder, study, f"{slug(arm)}-{{game}}-s{{seed}}")).complete(SEEDS):
+                arms[arm] = {"returns": found.matrix("returns"), "parameters": found.parameters()}
+        save_study(study, question, SEEDS, arms, teachers[TEACHER_STEPS])
+    five = {
+        arm: found
+        for arm in ONE_STUDENT
+        if (found := Results(folder, "one_student", f"{slug(arm)}-s{{seed}}")).complete(SEEDS)
+    }
+    whole = teachers[TEACHER_STEPS]
+    arms = {
+        arm: {
+            "returns": found.matrix("returns"),
+            "parameters": found.parameters(),
+            "extra": {"of_the_teachers": f"1/{found.first()['teacher_parameters'] / found.parameters():.1f}"},
+        }
+        for arm, found in five.items()
+    }
+    save_study("one_student", "How much of five teachers fits into one small student?", SEEDS, arms, whole)
+    arms = {
+        arm: {
+            "returns": found.matrix("returns"),
+            "parameters": found.parameters(),
+            "extra": {"updates_to_95": [updates_to(whole, found, seed, 0.95) for seed in SEEDS]},
+        }
+        for arm, found in five.items()
+    }
+    save_study("on_policy", "Whose states should the student learn on?", SEEDS, arms, whole)
+    trained = Results(folder, "joint", "s{seed}")
+    if "on-policy" in five and trained.complete(SEEDS):
+        steps = trained.first()["env_steps"]
+        arms = {
+            "distilled": {
+                "returns": five["on-policy"].matrix("returns"),
+                "parameters": five["on-policy"].parameters(),
+                "extra": {
+                    "env_steps_of_experience": TEACHER_STEPS * len(GAMES)
+                    + five["on-policy"].first()["env_steps"]
+                },
+            },
+            "joint": {
+                "returns": trained.matrix("returns"),
+                "parameters": trained.parameters(),
+                "extra": {"env_steps_of_experience": steps},
+            },
+        }
+        singles = Results(folder, "compression", "7pc_on_policy-{game}-s{seed}")
+        if singles.complete(SEEDS):
+            arms["a student for each game"] = {
+                "returns": singles.matrix("returns"),
+                "parameters": sum(singles.result(SEEDS[0], game)["parameters"] for game in GAMES),
+            }
+        save_study(
+            "multi_task", "Distil finished teachers, or train one network jointly?", SEEDS, arms, whole
+        )
+
+
+@dataclass(frozen=True)
+class Results:
+    """The files of one arm; ``pattern`` names them by game and seed, or by seed alone."""
+
+    folder: Path
+    phase: str
+    pattern: str
+
+    def path(self, seed: int, game: str = "") -> Path:
+        """Where a result is."""
+        return self.folder / self.phase / f"{self.pattern.format(game=game, seed=seed)}.json"
+
+    def result(self, seed: int, game: str = "") -> dict[str, Any]:
+        """One of them."""
+        found: dict[str, Any] = json.loads(self.path(seed, game).read_text())
+        return found
+
+    def first(self) -> dict[str, Any]:
+        """The first seed's, of the first game."""
+        return self.result(SEEDS[0], next(iter(GAMES)))
+
+    def complete(self, seeds: tuple[int, ...]) -> bool:
+        """Whether all are there."""
+        return all(self.path(seed, game).is_file() for seed in seeds for game in GAMES)
+
+    def parameters(self) -> int:
+        """Of the first game's network: other games have some planes more or less."""
+        return int(self.first()["parameters"])
+
+    def matrix(self, key: str, seeds: tuple[int, ...] = SEEDS) -> list[list[float]]:
+        """A number for each seed and game."""
+
+        def number(seed: int, game: str) -> float:
+            value = self.result(seed, game)[key]
+            return float(value[game] if isinstance(value, dict) else value)
+
+        return [[number(seed, game) for game in GAMES] for seed in seeds]
+
+
+def scores(returns: list[list[float]], teachers: Results, seeds: tuple[int, ...]) -> np.ndarray:
+    """Normalised, [seeds, games]."""
+    random, best = (np.array(teachers.matrix(key, seeds)) for key in ("random", "return"))
+    return normalised_score(np.array(returns), random, best)
+
+
+def updates_to(teachers: Results, students: Results, seed: int, share: float) -> int | None:
+    """Updates after which the geometric mean over the games first is at least ``share``, on validation episodes."""
+    for updates, returns in students.result(seed)["curve"]:
+        row = [returns[game] for game in GAMES]
+        if geometric_mean(scores([row], teachers, (seed,))) >= share:
+            return int(updates)
+    return None
+
+
+def save_study(
+    name: str, question: str, seeds: tuple[int, ...], arms: dict[str, dict[str, Any]], teachers: Results
+) -> None:
+    """One committed file."""
+    if not arms or not teachers.complete(seeds):
+        return
+    for arm in arms.values():
+        arm["scores"] = scores(arm["returns"], teachers, seeds).round(4).tolist()
+    if name.startswith("teachers"):
+        for arm in arms.values():
+            del arm["scores"]
+    study = {
+        "study": name,
+        "question": question,
+        "provenance": provenance(),
+        "environments": list(GAMES),
+        "seeds": list(seeds),
+        "arms": arms,
+        "order": list(arms),
+        "reference": {
+            "random": teachers.matrix("random", seeds),
+            "teacher": teachers.matrix("return", seeds),
+        },
+    }
+    folder = RESULTS / "policy_distillation"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(study, indent=1) + "\n")
+    print(f"{name}: {', '.join(arms)}")
 
 
 def run_job(folder: Path, job: Job) -> tuple[str, float]:
@@ -166,11 +484,14 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PHASES), help="phases, separated by commas")
     parser.add_argument("--match", default="", help="only jobs whose names contain this")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--assemble", action="store_true", help="only write the score matrices")
     arguments = parser.parse_args()
     phases = arguments.only.split(",")
     if unknown := set(phases) - set(PHASES):
         parser.error(f"unknown phases {', '.join(sorted(unknown))}; there are {', '.join(PHASES)}")
-    run(arguments.work, phases, arguments.workers, arguments.match)
+    if not arguments.assemble:
+        run(arguments.work, phases, arguments.workers, arguments.match)
+    assemble(arguments.work)
 
 
 if __name__ == "__main__":

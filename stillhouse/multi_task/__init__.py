@@ -1,0 +1,1 @@
+"""One network that learns many environments at once, without teachers."""

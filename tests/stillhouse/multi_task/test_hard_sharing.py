@@ -1,0 +1,101 @@
+"""Hard sharing: one network on several environments; weights, reward scales, exact continuation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from stillhouse.envs.make import EnvironmentConfig
+from stillhouse.envs.vector import VectorEnvironment
+from stillhouse.errors import StillhouseError
+from stillhouse.multi_task.hard_sharing import HardSharing, HardSharingConfig
+from stillhouse.networks.multi_task import NetworkSize, NetworkSpec, build_network
+
+IDS = {"cartpole": "CartPole-v1", "frozen": "FrozenLake-v1"}
+SIZE = NetworkSize(features=16, torso=(16,), layer_norm=True)
+
+
+def learner(seed: int = 0, **changes: Any) -> HardSharing:
+    settings: dict[str, Any] = {
+        "env_steps": 1024,
+        "num_envs": 8,
+        "rollout_length": 16,
+        "minibatches": 4,
+        "network": SIZE,
+    }
+    config = HardSharingConfig(**{**settings, **changes})
+    envs = {
+        name: VectorEnvironment(EnvironmentConfig(id=identifier), config.num_envs, seed, "train")
+        for name, identifier in IDS.items()
+    }
+    spec = NetworkSpec(
+        size=SIZE, environments={name: env.spec for name, env in envs.items()}, output="q_values"
+    )
+    return HardSharing(config, build_network(spec, seed), envs, seed)
+
+
+def test_every_environment_gets_its_budget_and_its_metrics() -> None:
+    training = learner()
+    reports = list(training.train())
+    assert all(rollout.env_steps >= 1024 for rollout in training.rollouts.values())
+    assert reports[-1].done == reports[-1].total == 2 * 1024
+    assert {"loss/td", "loss/cartpole", "loss/frozen", "return/cartpole"} <= set(reports[-1].metrics)
+
+
+def test_the_update_descends_the_weighted_mean_of_the_environments_losses() -> None:
+    shares = {"cartpole": 3.0, "frozen": 1.0}
+    gradients = {}
+    for name, weights in {"both": shares, "cartpole": {"frozen": 1e-9}, "frozen": {"cartpole": 1e-9}}.items():
+        training = learner(
+            weights=weights, epochs=1, minibatches=1, max_gradient_norm=0.0, learning_rate_decay=False
+        )
+        next(training.train())
+        gradients[name] = training.parameters.gradient.clone()
+    wanted = 0.75 * gradients["cartpole"] + 0.25 * gradients["frozen"]
+    torch.testing.assert_close(gradients["both"], wanted, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(gradients["cartpole"], gradients["frozen"], atol=1e-3)
+
+
+def test_rewards_are_scaled_by_environment_and_the_heads_scaled_back() -> None:
+    training = learner(reward_scales={"cartpole": 0.1})
+    for rollout in training.rollouts.values():
+        rollout.act(1.0)
+    assert float(training.rollouts["cartpole"]._rewards.max()) == pytest.approx(0.1)
+    before = (
+        training.network.heads["cartpole"].weight.clone(),
+        training.network.heads["frozen"].weight.clone(),
+    )
+    training.rescale_heads()
+    torch.testing.assert_close(training.network.heads["cartpole"].weight, before[0] * 10)
+    torch.testing.assert_close(training.network.heads["frozen"].weight, before[1])
+
+
+def test_interrupted_and_whole_training_end_in_the_same_weights() -> None:
+    whole = learner()
+    list(whole.train())
+    first = learner()
+    reports = first.train()
+    next(reports), next(reports)
+    second = learner()
+    second.set_state(first.get_state())
+    list(second.train())
+    assert torch.equal(whole.parameters.values, second.parameters.values)
+    assert whole.env_steps == second.env_steps
+
+
+def test_weights_of_unknown_environments_are_refused() -> None:
+    with pytest.raises(StillhouseError, match=r"weights: pong is not among .* allowed are cartpole, frozen"):
+        learner(weights={"pong": 2.0})
+
+
+@pytest.mark.learning
+def test_one_network_learns_two_environments() -> None:
+    training = learner(
+        env_steps=60_000, num_envs=32, rollout_length=32, learning_rate=1e-3, reward_scales={"cartpole": 0.1}
+    )
+    reports = list(training.train())
+    metrics = reports[-1].metrics
+    assert metrics["return/cartpole"] > 60  # random play: about 22
+    assert metrics["return/frozen"] > 0.2  # random play: about 0.015
