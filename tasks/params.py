@@ -24,6 +24,7 @@ from stillhouse.distillation.online import OnlineConfig
 from stillhouse.envs.make import EnvironmentConfig, describe
 from stillhouse.errors import StillhouseError
 from stillhouse.evaluation.rollouts import EvaluationConfig
+from stillhouse.multi_task.hard_sharing import HardSharingConfig
 from stillhouse.transfer.fine_tuning import FineTuneConfig
 from stillhouse.types import environment_spec
 from tasks.stage import PIPELINE, read_yaml
@@ -81,7 +82,7 @@ STUDENTS: dict[str, type[Config]] = {
 StudentParams = Annotated[OfflineParams | OnPolicyParams | OnlineParams, Field(discriminator="method")]
 
 
-class MultiTaskParams(PQNConfig):
+class MultiTaskParams(HardSharingConfig):
     """A network that learns several environments at once, without teachers."""
 
     environments: Names
@@ -153,16 +154,17 @@ class Params(Config):
         for name, student in self.distill_student.items():
             for source in student.environments:
                 check(source, teachers, f"distill_student.{name}.environments", "environment with a teacher")
-            for source in student.weights:
-                check(
-                    source,
-                    student.environments,
-                    f"distill_student.{name}.weights",
-                    "environment of this student",
-                )
+            for field in ("weights", "batch_shares"):
+                where = f"distill_student.{name}.{field}"
+                for source in getattr(student, field):
+                    check(source, student.environments, where, "environment of this student")
         for name, joint in self.train_multi_task.items():
             for source in joint.environments:
                 check(source, teachers, f"train_multi_task.{name}.environments", "environment with a teacher")
+            for field in ("weights", "reward_scales"):
+                where = f"train_multi_task.{name}.{field}"
+                for source in getattr(joint, field):
+                    check(source, joint.environments, where, "environment of this network")
         for name, transfer in self.fine_tune.items():
             check(name, environments, "fine_tune", "environment")
             check(transfer.student, list(self.distill_student), f"fine_tune.{name}.student", "student")

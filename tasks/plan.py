@@ -219,7 +219,7 @@ def stages_of(params: Params) -> list[Stage]:
                     params=[f"train_multi_task.{name}", *(f"environments.{source}" for source in sources)],
                     outs=[base],
                     metrics=[f"{base}.json"],
-                    plots={f"{base}.csv": {"x": "env_steps", "y": "mean_return"}},
+                    plots={f"{base}.csv": {"x": "env_steps", "y": f"return_{sources[0]}"}},
                     environments=sources,
                     cost=len(sources) * training_seconds(joint),
                 )

@@ -116,7 +116,9 @@ def test_the_pipeline_end_to_end(clone):
     assert "cartpole" in printed
     assert not survivors(clone)
     results = json.loads((clone / "data/evaluation/results.json").read_text())
+    assert set(results["students"]) == {"small", "acting", "following"}
     assert set(results["students"]["small"]["environments"]) == {"cartpole", "breakout"}
+    assert set(results["joint"]["joint"]["environments"]) == {"cartpole", "breakout"}
     report = (clone / "data/evaluation/report.html").read_text()
     assert "http://" not in report.replace("http://www.w3.org", "")
     assert str(clone) not in report
@@ -178,6 +180,8 @@ def test_a_run_of_its_own_is_saved_as_an_experiment_and_touches_nothing_here(clo
         "train_teacher",
         "--only",
         "collect_dataset",
+        "--only",
+        "train_multi_task",
     )
     (line,) = [line for line in printed.splitlines() if "saved as experiment" in line]
     name = line.rpartition(" ")[2]

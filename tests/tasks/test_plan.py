@@ -111,6 +111,18 @@ def test_an_online_student_reads_what_makes_its_teachers(project):
     assert {"Online students", "Teachers"} < {title for plot in plots for title in plot}
 
 
+def test_a_joint_network_is_judged_beside_the_students(project):
+    suite = Path("params/suites/quickstart.yaml")
+    suite.write_text(suite.read_text() + "train_multi_task:\n  all: {environments: [cartpole, acrobot]}\n")
+    stages = by_name(make_plan("quickstart", []))
+    assert stages["train_multi_task-all-s1"].deps == ["data/code/train_multi_task.json"]
+    for name, expected in (("acrobot", True), ("cartpole", True), ("breakout", False)):
+        assert ("data/multi_task/all-s0" in stages[f"evaluate-{name}-s0"].deps) == expected
+    assert "data/multi_task/all-s0.json" in stages["report"].deps
+    with pytest.raises(StillhouseError, match="train_multi_task.all.reward_scales names 'breakout'"):
+        load_suite("quickstart", ["train_multi_task.all.reward_scales={breakout: 2}"])
+
+
 def test_committed_studies_are_inputs_of_the_published_page(project):
     assert by_name(make_plan("smoke", []))["publish_results"].deps == ["data/code/publish_results.json"]
     folder = Path("benchmarks/results/policy_distillation")

@@ -19,6 +19,7 @@ from stillhouse.errors import StillhouseError
 from tasks.collect_dataset import collect_dataset
 from tasks.distill_student import distill_student
 from tasks.evaluate import evaluate_environment
+from tasks.train_multi_task import train_multi_task
 
 SIZE = {"features": 8, "torso": [8]}
 CARTPOLE: dict[str, Any] = {"id": "CartPole-v1"}
@@ -82,8 +83,27 @@ def distill(**settings: Any) -> None:
     distill_student(context("small", deps, **blocks))
 
 
-def judge() -> dict[str, Any]:
-    deps = ["data/students/small-s0", "data/teachers/cartpole-s0"]
+def test_a_joint_network_is_trained_saved_and_judged() -> None:
+    names = ["cartpole", "acrobot"]
+    settings = {"env_steps": 256, "num_envs": 8, "rollout_length": 16, "minibatches": 2, "network": SIZE}
+    settings |= {"reward_scales": {"acrobot": 0.1}, "algorithm": "pqn"}
+    environments = {"cartpole": CARTPOLE, "acrobot": {"id": "Acrobot-v1", "max_episode_steps": 10}}
+    blocks = {"train_multi_task": {"all": {"environments": names, **settings}}, "environments": environments}
+    train_multi_task(context("all", [], **blocks))
+    checkpoint = load_checkpoint(Path("data/multi_task/all-s0"))
+    assert set(checkpoint.details["environments"]) == set(names)
+    found = json.loads(Path("data/multi_task/all-s0.json").read_text())
+    assert found["env_steps"] >= 512
+    assert set(found["mean_returns"]) == set(names)
+    head = Path("data/multi_task/all-s0.csv").read_text().splitlines()[0]
+    assert head == "env_steps,return_acrobot,return_cartpole,loss,epsilon"
+    train()
+    judged = judge("data/multi_task/all-s0")
+    assert (set(judged["joint"]), judged["students"]) == ({"all"}, {})
+
+
+def judge(network: str = "data/students/small-s0") -> dict[str, Any]:
+    deps = [network, "data/teachers/cartpole-s0"]
     evaluate_environment(context("cartpole", deps, evaluate={"episodes": 2}))
     found: dict[str, Any] = json.loads(Path("data/evaluation/cartpole-s0.json").read_text())
     return found
