@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 DVC_LOCK = Path("dvc.lock")
 STUDIES = Path("benchmarks/results/policy_distillation")  # of the committed results, one file each
+# Other benchmarks whose tables stand on the page of published results.
+MEASURED = ("distillation", "peers", "ppo", "pqn", "simulators", "tabular_distillation")
 DVC_HEADER = "# generated: edit params/ and run `stillhouse plan`\n"
 PIPELINE_HEADER = (
     "# The active parameters, complete: written by `stillhouse plan SUITE` from params/suites/.\n"
@@ -276,12 +278,13 @@ def stages_of(params: Params) -> list[Stage]:
         )
     )
     studies = sorted(map(str, STUDIES.glob("*.json")))
+    measured = [str(path) for name in MEASURED if (path := STUDIES.parent / f"{name}.md").is_file()]
     curves = ["docs/results/online-distillation.svg"] if str(STUDIES / "online.json") in studies else []
     stages.append(
         Stage(
             name="publish_results",
             argv=python("publish_results"),
-            deps=[code("publish_results"), *studies],
+            deps=[code("publish_results"), *studies, *measured],
             in_git=["docs/results/policy-distillation.md", *curves],
             cost=3.0,
         )

@@ -16,11 +16,11 @@ PAGE = Path("docs/results/policy-distillation.md")
 
 
 def publish_results(context: StageContext) -> None:
-    """Score matrices to the page, and the online study to its curve."""
-    studies = {
-        path.stem: read_study(path) for path in map(Path, sorted(context.deps)) if path.parent == FOLDER
-    }
-    write_atomic(PAGE, render(studies))
+    """Score matrices, and what other benchmarks have measured, to the page; the online study to its curve."""
+    paths = [Path(dep) for dep in sorted(context.deps)]
+    studies = {path.stem: read_study(path) for path in paths if path.parent == FOLDER}
+    measured = {path.stem: path.read_text() for path in paths if path.parent == FOLDER.parent}
+    write_atomic(PAGE, render(studies, measured))
     if "online" in studies:
         write_atomic(ONLINE_CURVE, online_curve(studies["online"]))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -43,22 +44,36 @@ class Section:
     beside: str
 
 
-def render(studies: Mapping[str, Study]) -> str:
-    """The page: the same bytes for the same studies."""
+def render(studies: Mapping[str, Study], measured: Mapping[str, str] = MappingProxyType({})) -> str:
+    """The page: the same bytes for the same studies.
+
+    Args:
+        studies: by name.
+        measured: Markdown that other benchmarks have written of their results, by name: set under the page's own sections.
+    """
     lines = [HEAD]
-    known = {section.study for section in SECTIONS}
-    others = [Section(name, name.replace("_", " ").capitalize(), scores_table, "") for name in studies]
-    for section in [*SECTIONS, *(other for other in others if other.study not in known)]:
+    left = dict(studies)
+    for section in SECTIONS:
         lines += ["", f"## {section.title}", ""]
-        study = studies.get(section.study)
-        if study is None:
-            lines.append(f"Not run yet: there is no `{FOLDER / section.study}.json`.")
-            continue
-        lines += [study.question, "", *section.draw(study), ""]
-        lines += [*(f"- {note}" for note in study.notes), ""] if study.notes else []
-        lines += [section.beside, ""] if section.beside else []
-        lines += [*returns_table(study), origin(study)]
-    return "\n".join(lines) + "\n"
+        # `teachers_long` is a part of `teachers`.
+        own = [name for name in studies if f"{name}_".startswith(f"{section.study}_")]
+        if section.study not in own:
+            lines += [f"Not run yet: there is no `{FOLDER / section.study}.json`."]
+        for name in own:
+            lines += _study(left.pop(name), section)
+        lines += [section.beside] if own and section.beside else []
+    for name, study in left.items():
+        title = name.replace("_", " ").capitalize()
+        lines += ["", f"## {title}", "", *_study(study, Section(name, title, scores_table, ""))]
+    for text in measured.values():
+        lines += ["", *(f"#{line}" if line.startswith("#") else line for line in text.strip().splitlines())]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _study(study: Study, section: Section) -> list[str]:
+    lines = [study.question, "", *section.draw(study), ""]
+    lines += [*(f"- {note}" for note in study.notes), ""] if study.notes else []
+    return [*lines, *returns_table(study), origin(study), ""]
 
 
 # --- tables ---------------------------------------------------------------------------------------------------
@@ -139,7 +154,7 @@ def returns_table(study: Study) -> list[str]:
         if study.reference.get(name)
     }
     given |= {name: (study.columns(a), a.returns) for name, a in study.arms.items() if a.returns}
-    if not given or study.study == "teachers":
+    if not given or study.study.startswith("teachers"):
         return []
     environments = list(dict.fromkeys(e for columns, _ in given.values() for e in columns))
     rows = []

@@ -15,6 +15,7 @@ from ruamel.yaml import YAML
 
 from stillhouse.errors import StillhouseError
 from tasks.results_page import ONLINE_CURVE, SECTIONS, online_curve, render
+from tasks.stage import stage_entry
 from tasks.studies import FOLDER, Study, read_study
 
 REPOSITORY = Path(__file__).parents[2]
@@ -216,9 +217,28 @@ def test_a_wrong_file_is_one_line(tmp_path: Path, change: dict[str, Any], words:
         read_study(path)
 
 
-def test_the_committed_studies_can_be_read_and_the_committed_page_is_theirs() -> None:
-    studies = {path.stem: read_study(path) for path in sorted((REPOSITORY / FOLDER).glob("*.json"))}
-    assert (REPOSITORY / "docs/results/policy-distillation.md").read_text() == render(studies)
+def test_a_second_file_of_a_study_stands_in_its_section() -> None:
+    studies = {
+        name: study(name, 1, {"5M": {"returns": [[1.0, 2.0]]}}) for name in ("teachers", "teachers_long")
+    }
+    section = render(studies).partition("## Teachers")[2].partition("\n## ")[0]
+    assert len(rows(section, "5M")) == 2
+    assert section.count("Published figures are read off plots") == 1
+    assert "## Teachers long" not in render(studies)
+
+
+def test_what_other_benchmarks_measured_is_set_below() -> None:
+    page = render({}, {"ppo": "# PPO\n\nFast.\n\n## Where\n\n| a |\n|---|\n"})
+    assert page.endswith("\n## PPO\n\nFast.\n\n### Where\n\n| a |\n|---|\n")
+
+
+def test_the_committed_page_is_that_of_the_committed_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    found = map(Path, sorted(stage_entry("publish_results")["deps"]))
+    deps = [path for path in found if path.parts[0] == "benchmarks"]
+    studies = {path.stem: read_study(path) for path in deps if path.parent == FOLDER}
+    measured = {path.stem: path.read_text() for path in deps if path.parent == FOLDER.parent}
+    assert Path("docs/results/policy-distillation.md").read_text() == render(studies, measured)
 
 
 def test_the_stage_writes_all_its_outs_twice_the_same(tmp_path: Path) -> None:
