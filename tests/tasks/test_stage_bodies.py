@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,13 +13,14 @@ import pytest
 import torch
 
 from stillhouse.agents import make_learner
-from stillhouse.checkpoint import load_checkpoint, save_checkpoint, save_state
+from stillhouse.checkpoint import load_checkpoint, load_state, save_checkpoint, save_state
 from stillhouse.datasets.reader import Dataset
 from stillhouse.envs.make import EnvironmentConfig
 from stillhouse.errors import StillhouseError
 from tasks.collect_dataset import collect_dataset
 from tasks.distill_student import distill_student
 from tasks.evaluate import evaluate_environment
+from tasks.stage import Interrupted
 from tasks.train_multi_task import train_multi_task
 
 SIZE = {"features": 8, "torso": [8]}
@@ -33,8 +35,28 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def context(name: str, deps: list[str], **blocks: Any) -> Any:
-    """What a stage body is given, with nothing to resume from."""
+class Scratch:
+    """A stage's saved state: on the disk, as the real one's; asked to stop at the second chance."""
+
+    path = Path("scratch")
+
+    def __init__(self, interrupt: bool) -> None:
+        self.interrupt, self.asked = interrupt, 0
+
+    def load(self) -> dict[str, Any] | None:
+        return load_state(self.path) if self.path.exists() else None
+
+    def due(self) -> bool:
+        self.asked += 1
+        return self.interrupt and self.asked == 2
+
+    def save(self, state: dict[str, Any]) -> None:
+        save_state(self.path, state)
+        raise Interrupted
+
+
+def context(name: str, deps: list[str], interrupt: bool = False, **blocks: Any) -> Any:
+    """What a stage body is given."""
 
     def block(key: str) -> Any:
         found: Any = {"environments": {"cartpole": CARTPOLE}, **blocks}
@@ -51,7 +73,7 @@ def context(name: str, deps: list[str], **blocks: Any) -> Any:
         deps=deps,
         block=block,
         progress=SimpleNamespace(update=lambda *_: None),
-        scratch=SimpleNamespace(load=lambda: None, due=lambda: False),
+        scratch=Scratch(interrupt),
     )
 
 
@@ -73,27 +95,65 @@ def collect(**settings: Any) -> Dataset:
     return Dataset.open(Path("data/datasets/cartpole-s0"))
 
 
-def distill(**settings: Any) -> None:
+def distill(interrupt: bool = False, **settings: Any) -> None:
     block = {"method": "offline", "environments": ["cartpole"], "updates": 4, "evaluation_interval": 2}
     block |= {"batch_size": 16, "size": SIZE, **settings}
     deps = ["data/datasets/cartpole-s0"] if block["method"] == "offline" else []
     if block["method"] == "on_policy" or settings.get("feature_weight"):
         deps.append("data/teachers/cartpole-s0")
     blocks = {"distill_student": {"small": block}, "train_teacher": {"cartpole": DQN}}
-    distill_student(context("small", deps, **blocks))
+    distill_student(context("small", deps, interrupt, **blocks))
+
+
+def join(interrupt: bool = False) -> None:
+    settings = {"env_steps": 384, "num_envs": 8, "rollout_length": 16, "minibatches": 2, "network": SIZE}
+    settings |= {
+        "reward_scales": {"acrobot": 0.1},
+        "algorithm": "pqn",
+        "environments": ["cartpole", "acrobot"],
+    }
+    environments = {"cartpole": CARTPOLE, "acrobot": {"id": "Acrobot-v1", "max_episode_steps": 10}}
+    blocks = {"train_multi_task": {"all": settings}, "environments": environments}
+    train_multi_task(context("all", [], interrupt, **blocks))
+
+
+ONLINE = {"validation_interval": 100, "validation_episodes": 2, "transitions": 100, "num_envs": 4}
+LONG: dict[str, Callable[[bool], None]] = {
+    "offline": lambda interrupt: distill(interrupt, updates=8),
+    "on_policy": lambda interrupt: distill(
+        interrupt, method="on_policy", updates=8, num_envs=10, warmup_steps=4, capacity=1000
+    ),
+    "online": lambda interrupt: distill(interrupt, method="online", updates=8, **ONLINE),
+    "joint": join,
+}
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_an_interrupted_stage_ends_in_the_same_bytes(kind: str) -> None:
+    train()
+    if kind == "offline":
+        collect()
+    LONG[kind](False)
+    folders = [Path("data/students"), Path("data/multi_task")]
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    whole = {path: path.read_bytes() for path in files}
+    assert len(whole) == 5
+    for path in files:
+        path.unlink()
+    with pytest.raises(Interrupted):
+        LONG[kind](True)
+    assert not any(path.exists() for path in files)
+    LONG[kind](False)
+    assert {path: path.read_bytes() for path in files} == whole
 
 
 def test_a_joint_network_is_trained_saved_and_judged() -> None:
     names = ["cartpole", "acrobot"]
-    settings = {"env_steps": 256, "num_envs": 8, "rollout_length": 16, "minibatches": 2, "network": SIZE}
-    settings |= {"reward_scales": {"acrobot": 0.1}, "algorithm": "pqn"}
-    environments = {"cartpole": CARTPOLE, "acrobot": {"id": "Acrobot-v1", "max_episode_steps": 10}}
-    blocks = {"train_multi_task": {"all": {"environments": names, **settings}}, "environments": environments}
-    train_multi_task(context("all", [], **blocks))
+    join()
     checkpoint = load_checkpoint(Path("data/multi_task/all-s0"))
     assert set(checkpoint.details["environments"]) == set(names)
     found = json.loads(Path("data/multi_task/all-s0.json").read_text())
-    assert found["env_steps"] >= 512
+    assert found["env_steps"] >= 768
     assert set(found["mean_returns"]) == set(names)
     head = Path("data/multi_task/all-s0.csv").read_text().splitlines()[0]
     assert head == "env_steps,return_acrobot,return_cartpole,loss,epsilon"
