@@ -284,6 +284,14 @@ def crowded_sea(generator: np.random.Generator) -> dict[str, Any]:
         [int(generator.integers(10)), int(generator.integers(1, 4)), bool(generator.integers(2)), int(timer)]
         for timer in generator.permutation(6)[: generator.integers(3)]
     ]
+    sub_x, sub_y, rescued = (
+        int(generator.integers(1, 9)),
+        int(generator.integers(0, 9)),
+        int(generator.integers(-2, 7)),
+    )
+    if len(divers) == 2 and sub_y and generator.random() < 0.5:  # two in reach, and room for one
+        divers[0][:2] = divers[1][:2] = [sub_x, sub_y]
+        rescued = 5
     return {
         "e_fish": fish,
         "e_subs": subs,
@@ -293,11 +301,11 @@ def crowded_sea(generator: np.random.Generator) -> dict[str, Any]:
             [int(generator.integers(10)), int(generator.integers(1, 5)), bool(generator.integers(2))]
             for _ in range(3)
         ],
-        "sub_x": int(generator.integers(1, 9)),
-        "sub_y": int(generator.integers(0, 9)),
+        "sub_x": sub_x,
+        "sub_y": sub_y,
         "sub_or": bool(generator.integers(2)),
         "oxygen": int(generator.integers(-1, 201)),
-        "diver_count": int(generator.integers(-2, 7)),
+        "diver_count": rescued,
         "surface": bool(generator.integers(2)),
         "move_speed": speed,
         "e_spawn_speed": int(generator.integers(1, 21)),
