@@ -56,8 +56,15 @@ class Counter(gymnasium.Env[np.ndarray, int]):
         return observation, float(self.count), over and self.terminates, over and not self.terminates, {}
 
 
-def on_counters(mode: AutoresetMode) -> PPO:
-    config = PPOConfig(num_envs=5, rollout_length=23, minibatches=3, epochs=1, reward_scale=0.5, network=SIZE)
+def on_counters(mode: AutoresetMode, rollout_length: int = 23) -> PPO:
+    config = PPOConfig(
+        num_envs=5,
+        rollout_length=rollout_length,
+        minibatches=3,
+        epochs=1,
+        reward_scale=0.5,
+        network=SIZE,
+    )
     vector = SyncVectorEnv([Counter] * 5, autoreset_mode=mode, copy=False)
     envs = VectorEnvironment.over(vector, 0, "train")
     return PPO(config, fresh_network(SIZE, "counter", envs.spec, "logits", 0), "counter", envs, 0)
@@ -106,14 +113,15 @@ def test_every_transition_bootstraps_from_where_it_really_led(
 
 
 def test_actions_are_samples_of_the_policy() -> None:
-    agent = make_learner(SETTINGS | {"rollout_length": 4096}, "cartpole", CARTPOLE, 0)
-    assert isinstance(agent, PPO)
+    agent = on_counters(AutoresetMode.DISABLED, rollout_length=2000)
+    policy = torch.tensor([0.1, 0.3, 0.6])
     with torch.no_grad():
-        agent.network.heads["cartpole"].weight.zero_()
-        agent.network.heads["cartpole"].bias.copy_(torch.tensor([0.0, np.log(3)]))
+        agent.network.heads["counter"].weight.zero_()
+        agent.network.heads["counter"].bias.copy_(policy.log())
     agent._act()
-    # 32,768 draws of probability 3/4: 5 standard deviations are 0.012.
-    assert agent._rollout_actions.mean() == pytest.approx(0.75, abs=0.012)
+    frequencies = np.bincount(agent._rollout_actions.flatten(), minlength=3) / 10_000
+    # Five standard deviations of 10,000 draws at the most.
+    np.testing.assert_allclose(frequencies, policy, atol=0.025)
 
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])
