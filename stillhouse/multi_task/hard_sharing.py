@@ -166,8 +166,9 @@ class HardSharing:
             minibatches(config, rollout.rows, self._shuffling[name])
             for name, rollout in self.rollouts.items()
         ]
-        total = torch.zeros(len(data), device=self.device)
-        for chosen in zip(*parts, strict=True):
+        total, updates = torch.zeros(len(data), device=self.device), 0
+        # Copies with many reset rows (autoreset NEXT_STEP) may have fewer transitions than minibatches: the fewest count.
+        for chosen in zip(*parts, strict=False):
             losses = torch.stack(
                 [
                     td_loss(self.network(observations[rows], name), actions[rows], targets[rows], "mse")
@@ -180,7 +181,8 @@ class HardSharing:
             (losses @ self._weights).backward()
             self.parameters.step(learning_rate, config.max_gradient_norm)
             total += losses.detach()
-        means: np.ndarray = (total / (config.epochs * config.minibatches)).cpu().numpy()
+            updates += 1
+        means: np.ndarray = (total / updates).cpu().numpy()
         return means
 
     def get_state(self) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from stillhouse.checkpoint import load_state, save_state
 from stillhouse.envs.make import EnvironmentConfig
 from stillhouse.envs.vector import VectorEnvironment
 from stillhouse.errors import StillhouseError
@@ -72,17 +75,44 @@ def test_rewards_are_scaled_by_environment_and_the_heads_scaled_back() -> None:
     torch.testing.assert_close(training.network.heads["frozen"].weight, before[1])
 
 
-def test_interrupted_and_whole_training_end_in_the_same_weights() -> None:
+def test_interrupted_and_whole_training_end_in_the_same_bytes(tmp_path: Path) -> None:
     whole = learner()
-    list(whole.train())
+    reports = list(whole.train())
     first = learner()
-    reports = first.train()
-    next(reports), next(reports)
+    begun = first.train()
+    next(begun), next(begun)
+    save_state(tmp_path / "state", first.get_state())
     second = learner()
-    second.set_state(first.get_state())
-    list(second.train())
-    assert torch.equal(whole.parameters.values, second.parameters.values)
-    assert whole.env_steps == second.env_steps
+    second.set_state(load_state(tmp_path / "state"))
+    assert list(second.train())[-1] == reports[-1]
+    save_state(tmp_path / "a", whole.get_state())
+    save_state(tmp_path / "b", second.get_state())
+    for name in ("state.safetensors", "state.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_the_seed_decides_everything() -> None:
+    first, again, other = learner(0), learner(0), learner(1)
+    for training in (first, again, other):
+        list(training.train())
+    assert torch.equal(first.parameters.values, again.parameters.values)
+    assert not torch.equal(first.parameters.values, other.parameters.values)
+
+
+def test_an_environment_with_few_transitions_holds_the_others_back_only() -> None:
+    """CartPole spends rows on resets; there are then fewer transitions than minibatches."""
+    training = learner(num_envs=2, rollout_length=8, minibatches=16, env_steps=200)
+    reports = list(training.train())
+    assert reports[-1].done == reports[-1].total
+    assert all(math.isfinite(report.metrics["loss/td"]) for report in reports)
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_reason() -> None:
+    training = learner()
+    training.parameters.values.data.fill_(float("nan"))
+    with pytest.raises(StillhouseError, match=r"loss became .*nan.* no result is written") as caught:
+        list(training.train())
+    assert "\n" not in str(caught.value)
 
 
 def test_weights_of_unknown_environments_are_refused() -> None:
