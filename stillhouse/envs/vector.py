@@ -220,8 +220,9 @@ class VectorEnvironment:
         return self._observations
 
     def _typed(self, observations: Any) -> np.ndarray:
-        # A copy: Gymnasium's environments may hand out their own buffer.
-        return np.array(observations, self._dtype)
+        # A copy: Gymnasium's environments may hand out their own buffer. In C order, whatever theirs is (CartPole's is a transposed
+        # state): a matrix product rounds differently with the order, and a saved state comes back in this one.
+        return np.array(observations, self._dtype, order="C")
 
     def _reset_rows(self, mask: np.ndarray) -> np.ndarray:
         rows = np.flatnonzero(mask)

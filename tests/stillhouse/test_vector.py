@@ -126,6 +126,14 @@ def test_resume_is_exact(name: str, steps: int, tmp_path: Any) -> None:
         np.testing.assert_array_equal(left, right)
 
 
+def test_observations_are_in_c_order_before_and_after_a_resume() -> None:
+    """CartPole's own vector hands out a transposed array, and networks round differently with the order."""
+    envs = VectorEnvironment(EnvironmentConfig(id="CartPole-v1"), 3, 0, "train")
+    assert envs.reset().flags.c_contiguous
+    assert envs.step(np.zeros(3, np.int64)).observations.flags.c_contiguous
+    assert envs.set_state(envs.get_state()).flags.c_contiguous
+
+
 def test_an_environment_that_cannot_be_replayed_is_cut_and_says_so() -> None:
     class Unseeded(Counter):
         def reset(
