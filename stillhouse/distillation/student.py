@@ -400,11 +400,16 @@ class StudentTraining:
         self.parameters.step(config.learning_rate * max(0.0, decay))
         self.updates += 1
 
-    def measure(self, losses: Mapping[str, float]) -> dict[str, float]:
+    def temperature(self, name: str) -> float:
+        """What divides the outputs of the teacher of ``name``; known once there are any."""
+        return self._sources[name].temperature
+
+    def measure(self, losses: Mapping[str, float], score: float | None = None) -> dict[str, float]:
         """Agreement on held-out rows now; kept as the best where it is.
 
         Args:
             losses: of the environments since the last measurement: see :meth:`update`.
+            score: what decides which measurement is the best, instead of the agreement; shown as ``eval/score``.
 
         Returns:
             ``loss/distill`` (weighted), ``loss/<environment>`` and, where rows are held out, ``agreement/<environment>``
@@ -424,7 +429,10 @@ class StudentTraining:
                     metrics[f"resting/{name}"] = float(source.resting)
         if agreements:
             metrics["eval/agreement"] = sum(agreements) / len(agreements)
-        if not agreements or metrics["eval/agreement"] > self.best.get("eval/agreement", -1.0):
+        decisive = "eval/agreement" if score is None else "eval/score"
+        if score is not None:
+            metrics["eval/score"] = score
+        if decisive not in metrics or metrics[decisive] > self.best.get(decisive, -math.inf):
             self.best = {"update": float(self.updates), **metrics}
             self._best_weights = self.parameters.values.detach().clone()
             self._measurements_since_best = 0

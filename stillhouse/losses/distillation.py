@@ -81,6 +81,22 @@ def kl_to_policy(student: Tensor, log_teacher: Tensor) -> Tensor:
     return functional.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
 
 
+def reverse_kl(student: Tensor, log_teacher: Tensor) -> Tensor:
+    """``KL(softmax(q_s) || T)``: ``Hx(S || T)`` less the student's entropy, so that 0, at S = T, is the minimum.
+
+    ``Hx(S || T)`` alone is least at the teacher's best action, whatever else T says.
+
+    Args:
+        student: logits ``[B, A]``.
+        log_teacher: log T, bounded from below, ``[B, A]``: see :func:`floored_log_policy`.
+
+    Returns:
+        Of each sample, ``[B]``.
+    """
+    log_student = functional.log_softmax(student, 1)
+    return (log_student.exp() * (log_student - log_teacher)).sum(1)
+
+
 def feature_loss(predicted: Tensor, teacher: Tensor) -> Tensor:
     """``||f(h_s) - h_t||^2``: Actor-Mimic's feature regression (Parisotto et al. 2015,
     https://arxiv.org/abs/1511.06342), summed over the features.
@@ -126,3 +142,10 @@ def teacher_log_policy(teacher: Tensor, temperature: float) -> Tensor:
     teacher = teacher.detach()
     # Subtracting first keeps small differences between large Q-values, which division would round away.
     return torch.log_softmax((teacher - teacher.amax(1, keepdim=True)) / temperature, 1)
+
+
+def floored_log_policy(teacher: Tensor, temperature: float, floor: float) -> Tensor:
+    """``log T``, ``[B, A]``, of ``T = (1 - floor) softmax(q_t / tau) + floor / A``: at least ``log(floor / A)``, so that what is
+    averaged over the student's actions stays bounded where the teacher would never go."""
+    policy = teacher_log_policy(teacher, temperature).exp()
+    return torch.log((1 - floor) * policy + floor / teacher.shape[1])

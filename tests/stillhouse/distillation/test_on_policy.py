@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,17 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from stillhouse.checkpoint import load_state, save_state
+from stillhouse.distillation import on_policy
+from stillhouse.distillation.buffer import LabelledBuffer
 from stillhouse.distillation.on_policy import OnPolicyConfig, OnPolicyDistillation
 from stillhouse.envs.make import EnvironmentConfig
+from stillhouse.errors import StillhouseError
+from stillhouse.evaluation.rollouts import Episodes
 from stillhouse.networks.multi_task import MultiTaskNetwork, NetworkSize, NetworkSpec, build_network
 from stillhouse.types import EnvironmentSpec, ObservationSpec
+
+torch.set_num_threads(1)
 
 SIZE = NetworkSize(features=16, torso=(16,))
 CARTPOLE = EnvironmentConfig(id="CartPole-v1")
@@ -29,7 +37,7 @@ def teacher(name: str, seed: int = 0) -> MultiTaskNetwork:
     return build_network(spec, seed)
 
 
-def distillation(**changes: Any) -> OnPolicyDistillation:
+def distillation(datasets: dict[str, LabelledBuffer] | None = None, **changes: Any) -> OnPolicyDistillation:
     settings: dict[str, Any] = {
         "num_envs": 8,
         "updates": 60,
@@ -42,7 +50,8 @@ def distillation(**changes: Any) -> OnPolicyDistillation:
     config = OnPolicyConfig(method="on_policy", **{**settings, **changes})
     names = ("a", "b")
     teachers = {name: teacher(name, seed) for seed, name in enumerate(names)}
-    return OnPolicyDistillation(config, teachers, dict.fromkeys(names, CARTPOLE), seed=3)
+    environments = dict.fromkeys(names, CARTPOLE)
+    return OnPolicyDistillation(config, teachers, environments, seed=3, datasets=datasets or {})
 
 
 def test_the_student_learns_to_agree_with_each_teacher() -> None:
@@ -86,17 +95,152 @@ def test_the_teachers_share_falls_linearly() -> None:
     assert shares == pytest.approx([0.8, 0.4, 0.0, 0.0])
 
 
-def test_interrupted_and_whole_training_end_in_the_same_weights() -> None:
-    whole = distillation(teacher_share=0.5, epsilon=0.1)
-    list(whole.train())
-    first = distillation(teacher_share=0.5, epsilon=0.1)
-    next(first.train())
-    second = distillation(teacher_share=0.5, epsilon=0.1)
-    second.set_state(first.get_state())
-    list(second.train())
+def test_the_teacher_may_act_alone() -> None:
+    training = distillation(teacher_share=1.0, teacher_share_end=1.0, updates=100)
+    for updates in (0, 50, 99):
+        training.training.updates = updates
+        assert training.teacher_share() == 1.0
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "distill": {"teacher_share": 0.5, "epsilon": 0.1},
+    "validation": {"validation_episodes": 4},
+    "expected_entropy": {"objective": "expected_entropy", "expected_entropy": {"rollout_length": 8}},
+}
+
+
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
+def test_interrupted_and_whole_training_end_in_the_same_weights(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = Episodes(np.zeros(4), np.ones(4, np.int64), np.zeros(4, np.bool_))
+    really = on_policy.evaluate
+    # The test's teachers are random networks, no better than random play: let that have a return of 0.
+    monkeypatch.setattr(
+        on_policy,
+        "evaluate",
+        lambda policy, environment, episodes, seed, epsilon, stream: (
+            nothing if epsilon else really(policy, environment, episodes, seed, stream=stream)
+        ),
+    )
+    whole = distillation(**changes)
+    reports = list(whole.train())
+    first = distillation(**changes)
+    training = first.train()
+    next(training)
+    save_state(tmp_path / "state", first.get_state())
+    next(training)  # what comes after the save is lost
+    second = distillation(**changes)
+    second.set_state(load_state(tmp_path / "state"))
+    assert [report.metrics for report in second.train()] == [report.metrics for report in reports[1:]]
     assert torch.equal(whole.training.parameters.values, second.training.parameters.values)
+    assert torch.equal(weights(whole.student()), weights(second.student()))
     assert whole.env_steps == second.env_steps
     assert whole.best == second.best
+
+
+def weights(network: MultiTaskNetwork) -> torch.Tensor:
+    return torch.nn.utils.parameters_to_vector(network.parameters()).detach()
+
+
+def test_the_last_weights_are_the_result() -> None:
+    training = distillation()
+    reports = list(training.train())
+    assert training.best["update"] == 60
+    assert training.best["eval/agreement"] == reports[-1].metrics["eval/agreement"]
+    assert torch.equal(weights(training.student()), training.training.parameters.values)
+
+
+def test_validation_returns_choose_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Teachers have 100, random play 20, and the student 60, 90 and 70 one after the other: the second is the best."""
+    measured: list[float] = []
+
+    def played(policy, environment, episodes, seed, epsilon=0.0, **rest) -> Episodes:
+        assert episodes == 7
+        assert rest == {"stream": "validation"}
+        if epsilon:
+            value = 20.0
+        elif policy in training._students.values():
+            value = [60.0, 90.0, 70.0][len(measured) // 2]
+            measured.append(value)
+        else:
+            value = 100.0
+        return Episodes(np.full(episodes, value), np.ones(episodes, np.int64), np.zeros(episodes, np.bool_))
+
+    monkeypatch.setattr(on_policy, "evaluate", played)
+    training = distillation(validation_episodes=7)
+    students = []
+    scores = []
+    for report in training.train():
+        students.append(training.training.parameters.values.detach().clone())
+        scores.append(report.metrics["eval/score"])
+    assert scores == pytest.approx([0.5, 0.875, 0.625])
+    assert training.best["update"] == 40
+    assert torch.equal(weights(training.student()), students[1])
+
+
+def test_a_teacher_no_better_than_random_cannot_normalise(monkeypatch: pytest.MonkeyPatch) -> None:
+    same = Episodes(np.full(5, 3.0), np.ones(5, np.int64), np.zeros(5, np.bool_))
+    monkeypatch.setattr(on_policy, "evaluate", lambda *_, **__: same)
+    with pytest.raises(StillhouseError, match=r"a: over 5 validation episodes.*3, not above random.*3"):
+        list(distillation(validation_episodes=5).train())
+
+
+def dataset(
+    name: str, rows: int, seed: int = 0, output: str = "q_values", actions: int = 2
+) -> LabelledBuffer:
+    """Random observations that the test's teacher labelled; every tenth is held out."""
+    spec = EnvironmentSpec(observation=ObservationSpec(kind="vector", shape=(4,)), actions=actions)
+    buffer = LabelledBuffer(spec, output, 10, rows)  # type: ignore[arg-type]
+    observations = np.random.default_rng(1).normal(size=(rows, 4)).astype(np.float32)
+    with torch.no_grad():
+        labels = teacher(name, seed)(torch.from_numpy(observations), name).numpy()
+    labels = np.resize(labels, (rows, actions))
+    buffer.append(observations, labels, np.arange(rows) % 10 == 0)
+    return buffer
+
+
+def test_buffers_may_start_from_datasets() -> None:
+    given = {name: dataset(name, 3000, seed) for seed, name in enumerate(("a", "b"))}
+    training = distillation(given, capacity=1000, updates=2, updates_per_step=1)
+    buffer = training._actors["a"].buffer
+    assert len(buffer) == 1000
+    assert np.array_equal(
+        buffer.observations(np.array([0, 999])), given["a"].observations(np.array([0, 2999]))
+    )
+    _, held = buffer.split(0.1, np.random.default_rng(0))
+    assert 80 < len(held) < 120
+    list(training.train())
+    assert training.env_steps == 2 * 8 * 2  # no warm-up
+    later = distillation({"a": given["a"]}, updates=2, updates_per_step=1)
+    list(later.train())
+    assert later.env_steps == (10 + 2) * 8 * 2  # b has none
+
+
+def test_unsuitable_datasets_are_refused() -> None:
+    with pytest.raises(StillhouseError, match=r"for c was given.*allowed are a, b"):
+        distillation({"c": dataset("c", 100)})
+    with pytest.raises(
+        StillhouseError, match=r"a: the dataset must have.*with logits was given.*with q_values is"
+    ):
+        distillation({"a": dataset("a", 100, output="logits")})
+    with pytest.raises(StillhouseError, match=r"a: the dataset must have.*actions=3.*actions=2"):
+        distillation({"a": dataset("a", 100, actions=3)})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss": "nll"}, "a loss of its own: loss kl"),
+        ({"feature_weight": 0.1}, "no feature_weight"),
+        ({"epsilon": 0.1}, "own sampled actions: epsilon"),
+        ({"teacher_share": 0.5}, "teacher_share"),
+        ({"teacher_share_end": 0.5}, "teacher_share_end"),
+    ],
+)
+def test_what_expected_entropy_cannot_do_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        OnPolicyConfig(method="on_policy", objective="expected_entropy", **settings)
 
 
 def test_no_early_stopping() -> None:

@@ -14,10 +14,12 @@ from stillhouse.losses.distillation import (
     action_gap_temperature,
     constant_loss,
     feature_loss,
+    floored_log_policy,
     kl_loss,
     kl_to_policy,
     mse_loss,
     nll_loss,
+    reverse_kl,
     teacher_log_policy,
 )
 
@@ -173,3 +175,18 @@ def test_a_known_policy_gives_the_same_kl() -> None:
     torch.testing.assert_close(
         kl_to_policy(student, teacher_log_policy(teacher, 0.1)), kl_loss(student, teacher, 0.1)
     )
+
+
+def test_the_reverse_kl_by_hand() -> None:
+    student = torch.tensor([[math.log(3.0), 0.0]])  # (3/4, 1/4)
+    log_teacher = torch.tensor([[0.5, 0.5]]).log()
+    expected = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    assert reverse_kl(student, log_teacher).tolist() == pytest.approx([expected])
+    assert reverse_kl(torch.zeros(1, 2), log_teacher).item() == pytest.approx(0, abs=1e-7)
+
+
+def test_log_policies_have_a_floor() -> None:
+    teacher = torch.tensor([[0.0, 1000.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
+    found = floored_log_policy(teacher, 0.01, 0.2).exp()
+    assert found[0].tolist() == pytest.approx([0.05, 0.85, 0.05, 0.05])
+    assert found[1].tolist() == pytest.approx([0.25] * 4)
