@@ -54,18 +54,18 @@ class PPOConfig(Config):
 
     algorithm: Literal["ppo"] = "ppo"
     env_steps: int = Field(default=1_000_000, ge=1, le=10**10, description="budget in env steps")
-    num_envs: int = Field(default=64, ge=1, le=4096, description="environment copies stepped together")
+    num_envs: int = Field(default=128, ge=1, le=4096, description="environment copies stepped together")
     rollout_length: int = Field(
-        default=128, ge=1, le=4096, description="env steps of each copy between updates"
+        default=32, ge=1, le=4096, description="env steps of each copy between updates"
     )
     epochs: int = Field(default=4, ge=1, le=100, description="passes over each rollout")
-    minibatches: int = Field(default=8, ge=1, le=4096, description="updates per pass")
-    learning_rate: float = Field(default=5e-4, gt=0, le=1)
+    minibatches: int = Field(default=16, ge=1, le=4096, description="updates per pass")
+    learning_rate: float = Field(default=1e-3, gt=0, le=1)
     learning_rate_decay: bool = Field(default=True, description="linearly to 0 over the budget")
     max_gradient_norm: float = Field(default=0.5, ge=0, description="0 does not clip")
     gamma: float = Field(default=0.99, ge=0, le=1, description="discount per env step")
     trace: float = Field(
-        default=0.95, ge=0, le=1, description="lambda of the generalised advantage estimates"
+        default=0.65, ge=0, le=1, description="lambda of the generalised advantage estimates"
     )
     clip_range: float = Field(
         default=0.2, gt=0, le=1, description="how far the probability ratio may move from 1"
@@ -82,7 +82,7 @@ class PPOConfig(Config):
     reward_scale: float = Field(
         default=1.0, gt=0, description="rewards are multiplied by it in learning, not in reports"
     )
-    network: NetworkSize = NetworkSize(conv_channels=16, features=128, torso=(), layer_norm=False)
+    network: NetworkSize = NetworkSize(conv_channels=16, features=128, torso=(), layer_norm=True)
 
     @model_validator(mode="after")
     def _whole_minibatches(self) -> PPOConfig:

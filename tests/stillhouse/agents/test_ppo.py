@@ -63,6 +63,7 @@ def on_counters(mode: AutoresetMode, rollout_length: int = 23) -> PPO:
         minibatches=3,
         epochs=1,
         reward_scale=0.5,
+        trace=0.95,
         network=SIZE,
     )
     vector = SyncVectorEnv([Counter] * 5, autoreset_mode=mode, copy=False)
