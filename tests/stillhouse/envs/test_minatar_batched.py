@@ -387,6 +387,42 @@ def test_seaquest_keeps_the_packages_order_where_much_happens_at_once() -> None:
     assert hits > rounds * num_envs / 4
 
 
+def test_space_invaders_goes_on_from_any_board_as_the_package_does() -> None:
+    """Also from where play hardly comes: landed aliens, few and scattered ones, many bullets."""
+    num_envs, rounds = 32, 40
+    generator = np.random.default_rng(9)
+    package, ours = Package("space_invaders", num_envs), MinAtarVectorEnv(num_envs, "space_invaders")
+    batch: Any = ours.game
+    landings = 0
+    for begun in range(rounds):
+        seeds: list[int | None] = list(range(begun * num_envs, (begun + 1) * num_envs))
+        ours.reset(seed=seeds)
+        for row, seed in enumerate(seeds):
+            package.reset(row, seed)
+            boards = generator.random((3, 10, 10)) < generator.choice([0.02, 0.1, 0.4], size=(3, 1, 1))
+            boards[0, generator.integers(10), generator.integers(10)] = True
+            env = package.games[row].env
+            env.alien_map, env.f_bullet_map, env.e_bullet_map = boards.astype(float)
+            env.pos = batch.cannon[row] = int(generator.integers(10))
+            env.alien_dir = batch.direction[row] = int(generator.choice([-1, 1]))
+            env.alien_move_timer = batch.move_timer[row] = int(generator.integers(3))
+            env.alien_shot_timer = batch.enemy_shot_timer[row] = int(generator.integers(3))
+            env.shot_timer = batch.shot_timer[row] = int(generator.integers(3))
+            env.enemy_move_interval = batch.move_interval[row] = int(generator.integers(6, 13))
+            batch.aliens[row], batch.bullets[row], batch.enemy_bullets[row] = boards.reshape(3, 100)
+            batch.aliens_left[row] = boards[0].sum()
+        for _ in range(4):
+            landed = batch.aliens[:, 90:].any(1)
+            actions = generator.integers(6, size=num_envs)
+            expected_rewards, expected_ends = package.act(actions)
+            observations, rewards, terminated, _, _ = ours.step(actions)
+            np.testing.assert_array_equal(observations, package.planes())
+            np.testing.assert_array_equal(rewards, expected_rewards)
+            np.testing.assert_array_equal(terminated, expected_ends)
+            landings += int((terminated & landed & ~batch.aliens[:, 90:].any(1)).sum())
+    assert landings > rounds
+
+
 @pytest.mark.parametrize("game", sorted(GAMES))
 @pytest.mark.parametrize(
     "options", [{"difficulty_ramping": False}, {"sticky_action_prob": 0.6}], ids=["no ramping", "sticky"]
