@@ -1,15 +1,24 @@
-"""A long stage's learning curve: sampled evenly, shown as progress, written as CSV."""
+"""A long stage's training: followed, saved and gone on with; its learning curve, sampled evenly, shown, written as CSV."""
 
 from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from stillhouse.files import write_atomic
 from stillhouse.types import Report
 from tasks.stage import StageContext
+
+
+class Trainable(Protocol):
+    """What trains in a stage, and can be saved whenever it has reported."""
+
+    def train(self) -> Iterator[Report]: ...
+    def get_state(self) -> dict[str, Any]: ...
+    def set_state(self, state: dict[str, Any]) -> None: ...
 
 
 class Curve:
@@ -39,6 +48,17 @@ class Curve:
         due = len(self.rows) + 1
         if report.done >= due * report.total / self._points and set(self._columns) <= set(report.metrics):
             self.rows.append([report.done, *(report.metrics[name] for name in self._columns)])
+
+    def follow(self, learner: Trainable) -> None:
+        """Train to the end, from the state that an interrupted run of this stage has saved, saving it now and then."""
+        scratch = self._context.scratch
+        if saved := scratch.load():
+            learner.set_state(saved["learner"])
+            self.set_state(saved["curve"])
+        for report in learner.train():
+            self.record(report)
+            if scratch.due():
+                scratch.save({"learner": learner.get_state(), "curve": self.get_state()})
 
     def write(self, path: Path) -> None:
         """Write the kept rows as CSV; numbers with 6 significant digits."""

@@ -23,6 +23,7 @@ def distill_student(context: StageContext) -> None:
     block = dict(context.block(f"distill_student.{context.name}"))
     # Sorted: the order of the names in a file must not change the student.
     environments = sorted(block.pop("environments"))
+    block.pop("from_datasets", None)  # said by the deps
     method = block["method"]
     # By name: this stage depends on the code of its own method only.
     module = importlib.import_module(f"stillhouse.distillation.{method}")
@@ -34,22 +35,23 @@ def distill_student(context: StageContext) -> None:
         for name in environments
         if f"data/teachers/{name}-s{context.seed}" in context.deps
     }
-    networks = {name: teacher.network for name, teacher in teachers.items()}
     digests = {name: teacher.digest for name, teacher in teachers.items()}
+    datasets = {
+        name: Dataset.open(Path(f"data/datasets/{name}-s{context.seed}"), digests.get(name, ""))
+        for name in environments
+        if f"data/datasets/{name}-s{context.seed}" in context.deps
+    }
+    digests |= {name: dataset.schema.teacher for name, dataset in datasets.items()}
+    networks = {name: teacher.network for name, teacher in teachers.items()}
+    run = (context.seed, context.device)
     if method == "offline":
-        datasets = {
-            name: Dataset.open(Path(f"data/datasets/{name}-s{context.seed}"), digests.get(name, ""))
-            for name in environments
-        }
-        digests = {name: dataset.schema.teacher for name, dataset in datasets.items()}
-        distillation = distillation_class(config, datasets, context.seed, context.device, networks)
-    else:
-        shown: dict[str, Any] = networks
-        if method == "online":  # not taught by these settings' stages: it trains its teachers itself
-            shown = {name: context.block(f"train_teacher.{name}") for name in environments}
-        distillation = distillation_class(
-            config, shown, _environments(context, environments), context.seed, context.device
-        )
+        distillation = distillation_class(config, datasets, *run, networks)
+    elif method == "on_policy":
+        acting = _environments(context, environments)
+        distillation = distillation_class(config, networks, acting, *run, datasets)
+    else:  # online: it trains its teachers itself
+        settings = {name: context.block(f"train_teacher.{name}") for name in environments}
+        distillation = distillation_class(config, settings, _environments(context, environments), *run)
     columns = {"eval/agreement": "agreement", "loss/distill": "loss"}
     columns |= {f"agreement/{name}": f"agreement_{name}" for name in environments}
     if method == "online":
@@ -57,13 +59,7 @@ def distill_student(context: StageContext) -> None:
             f"{who}/{name}": f"{who}_{name}" for name in environments for who in ("teacher", "student")
         }
     curve = Curve(context, "env_steps" if method == "online" else "updates", columns)
-    if saved := context.scratch.load():
-        distillation.set_state(saved["distillation"])
-        curve.set_state(saved["curve"])
-    for report in distillation.train():
-        curve.record(report)
-        if context.scratch.due():
-            context.scratch.save({"distillation": distillation.get_state(), "curve": curve.get_state()})
+    curve.follow(distillation)
 
     path = Path("data/students") / f"{context.name}-s{context.seed}"
     student = distillation.student()

@@ -66,6 +66,10 @@ class OnPolicyParams(OnPolicyConfig):
     """A student that acts: whose teachers label what it meets, and how it learns."""
 
     environments: Names
+    from_datasets: bool = Field(
+        default=False,
+        description="start with the teachers' datasets in the buffers, instead of with play of theirs",
+    )
 
 
 class OnlineParams(OnlineConfig):

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 DVC_LOCK = Path("dvc.lock")
 STUDIES = Path("benchmarks/results/policy_distillation")  # of the committed results, one file each
 # Other benchmarks whose tables stand on the page of published results.
-MEASURED = ("distillation", "peers", "ppo", "pqn", "simulators", "tabular_distillation")
+MEASURED = ("distillation", "on_policy", "peers", "ppo", "pqn", "simulators", "tabular_distillation")
 DVC_HEADER = "# generated: edit params/ and run `stillhouse plan`\n"
 PIPELINE_HEADER = (
     "# The active parameters, complete: written by `stillhouse plan SUITE` from params/suites/.\n"
@@ -155,7 +155,8 @@ def stages_of(params: Params) -> list[Stage]:
             )
     for name, student in sorted(params.distill_student.items()):
         sources = sorted(student.environments)
-        read = ["datasets"] if student.method == "offline" else []
+        from_datasets = student.method == "on_policy" and student.from_datasets
+        read = ["datasets"] if student.method == "offline" or from_datasets else []
         read += ["teachers"] if student.method == "on_policy" or student.feature_weight else []
         blocks, algorithms = ["environments"], []
         if student.method == "online":  # it trains its teachers itself

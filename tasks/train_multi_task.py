@@ -40,13 +40,7 @@ def train_multi_task(context: StageContext) -> None:
     learner = HardSharing(config, network, envs, context.seed)
     columns = {f"return/{name}": f"return_{name}" for name in names}
     curve = Curve(context, "env_steps", columns | {"loss/td": "loss", "rollout/epsilon": "epsilon"})
-    if saved := context.scratch.load():
-        learner.set_state(saved["learner"])
-        curve.set_state(saved["curve"])
-    for report in learner.train():
-        curve.record(report)
-        if context.scratch.due():
-            context.scratch.save({"learner": learner.get_state(), "curve": curve.get_state()})
+    curve.follow(learner)
 
     path = Path("data/multi_task") / f"{context.name}-s{context.seed}"
     curve.write(path.with_name(f"{path.name}.csv"))

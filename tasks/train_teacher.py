@@ -37,13 +37,7 @@ def train_teacher(context: StageContext) -> None:
     settings = context.block(f"train_teacher.{context.name}")
     learner = make_learner(settings, context.name, environment, context.seed, context.device)
     curve = Curve(context, "env_steps", COLUMNS[learner.network.spec.output])
-    if saved := context.scratch.load():
-        learner.set_state(saved["learner"])
-        curve.set_state(saved["curve"])
-    for report in learner.train():
-        curve.record(report)
-        if context.scratch.due():
-            context.scratch.save({"learner": learner.get_state(), "curve": curve.get_state()})
+    curve.follow(learner)
 
     folder = Path("data/teachers")
     stem = f"{context.name}-s{context.seed}"

@@ -26,6 +26,15 @@ SIZES = {"acrobot": 18_435, "breakout": 131_843, "cartpole": 17_666}
 TARGETS = {"cartpole-long": (30.2, 411.0, 100_000), "space-invaders": (2.9, 31.0, 300_000)}
 
 
+def modules() -> list[str]:
+    """Every project module that a stage may import."""
+    root = Path(__file__).parents[2]
+    paths = [path for package in ("stillhouse", "tasks") for path in (root / package).rglob("*.py")]
+    return [
+        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__") for path in paths
+    ]
+
+
 def blocks(seeds: int) -> dict[str, Any]:
     """The parameters that the report is given."""
     return {

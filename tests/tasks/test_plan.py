@@ -93,7 +93,10 @@ def test_inputs_follow_the_options(project):
 
 
 def test_an_on_policy_student_reads_teachers_and_no_dataset(project):
-    stage = by_name(make_plan("quickstart", ["distill_student.method=on_policy"]))["distill_student-small-s0"]
+    options = ["distill_student.method=on_policy"]
+    more = by_name(make_plan("quickstart", [*options, "distill_student.from_datasets=true"]))
+    assert "data/datasets/acrobot-s0" in more["distill_student-small-s0"].deps
+    stage = by_name(make_plan("quickstart", options))["distill_student-small-s0"]
     assert sorted(stage.deps) == [
         "data/code/distill_student-on_policy.json",
         "data/teachers/acrobot-s0",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from report_fixture import modules
 from ruamel.yaml import YAML
 
 from stillhouse.errors import StillhouseError
@@ -248,13 +249,8 @@ def test_the_stage_writes_all_its_outs_twice_the_same(tmp_path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(study(name, 1, arms).model_dump_json())
         deps.append(str(FOLDER / f"{name}.json"))
-    modules = [
-        ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
-        for package in ("stillhouse", "tasks")
-        for path in (REPOSITORY / package).rglob("*.py")
-    ]
     (tmp_path / "data/code").mkdir(parents=True)
-    digest = {"environment": {"device": "cpu"}, "modules": dict.fromkeys(modules, "")}
+    digest = {"environment": {"device": "cpu"}, "modules": dict.fromkeys(modules(), "")}
     (tmp_path / deps[0]).write_text(json.dumps(digest))
     (tmp_path / "params").mkdir()
     (tmp_path / "params/pipeline.yaml").write_text("{}\n")

@@ -393,12 +393,7 @@ def test_a_curve_without_points_is_said() -> None:
 
 def test_the_stage_writes_all_its_outs(tmp_path: Path) -> None:
     blocks = report_fixture.write(tmp_path, 1)
-    modules = [
-        ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
-        for package in ("stillhouse", "tasks")
-        for path in (REPOSITORY / package).rglob("*.py")
-    ]
-    edit(tmp_path, "data/code/report.json", modules=dict.fromkeys(modules, ""))
+    edit(tmp_path, "data/code/report.json", modules=dict.fromkeys(report_fixture.modules(), ""))
     (tmp_path / "params").mkdir()
     YAML().dump(blocks, tmp_path / "params/pipeline.yaml")
     entry = {

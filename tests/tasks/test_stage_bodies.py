@@ -98,7 +98,8 @@ def collect(**settings: Any) -> Dataset:
 def distill(interrupt: bool = False, **settings: Any) -> None:
     block = {"method": "offline", "environments": ["cartpole"], "updates": 4, "evaluation_interval": 2}
     block |= {"batch_size": 16, "size": SIZE, **settings}
-    deps = ["data/datasets/cartpole-s0"] if block["method"] == "offline" else []
+    from_datasets = block["method"] == "offline" or block.get("from_datasets")
+    deps = ["data/datasets/cartpole-s0"] if from_datasets else []
     if block["method"] == "on_policy" or settings.get("feature_weight"):
         deps.append("data/teachers/cartpole-s0")
     blocks = {"distill_student": {"small": block}, "train_teacher": {"cartpole": DQN}}
@@ -205,6 +206,9 @@ def test_an_on_policy_student_needs_no_dataset() -> None:
         == "updates,agreement,loss,agreement_cartpole"
     )
     assert set(judge()["students"]) == {"small"}
+    collect()
+    distill(method="on_policy", from_datasets=True, num_envs=10, capacity=1000, updates_per_step=2)
+    assert json.loads(Path("data/students/small-s0.json").read_text())["env_steps"] == 10 * 2
     distill(method="on_policy", num_envs=2, warmup_steps=4, capacity=1000)  # too few copies to hold one out
     found = json.loads(Path("data/students/small-s0.json").read_text())
     assert (found["agreement"], found["agreements"]) == (None, {})
