@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 DVC_LOCK = Path("dvc.lock")
 STUDIES = Path("benchmarks/results/policy_distillation")  # of the committed results, one file each
 # Other benchmarks whose tables stand on the page of published results.
-MEASURED = ("distillation", "on_policy", "peers", "ppo", "pqn", "simulators", "tabular_distillation")
+MEASURED = ("distillation", "on_policy", "peers", "ppo", "pqn", "simulators")
 DVC_HEADER = "# generated: edit params/ and run `stillhouse plan`\n"
 PIPELINE_HEADER = (
     "# The active parameters, complete: written by `stillhouse plan SUITE` from params/suites/.\n"

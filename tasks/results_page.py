@@ -360,7 +360,8 @@ SECTIONS = (
         "On-policy or offline",
         on_policy_table,
         "Czarnecki et al. 2019 (arXiv 1902.02186) report sampling by the student to be about 3 times faster than by the teacher, "
-        "on tabular grid worlds. Here: a network, MinAtar, and a mixing schedule from the teacher's actions to the student's.",
+        "on tabular grid worlds (repeated [here](distilling-policy-distillation.md)). On this page: a network, MinAtar, and a "
+        "mixing schedule from the teacher's actions to the student's.",
     ),
     Section(
         "online",
