@@ -142,6 +142,8 @@ def test_no_episode_is_on_both_sides_of_the_split(
     assert len(train)
     assert len(held)
     assert train.dtype == held.dtype == np.uint32
+    # As many episodes as the share needs, unless only one is left to train on.
+    assert len(held) >= fraction * len(dataset) or len(np.unique(dataset.episodes[train])) == 1
     again = dataset.split(fraction, np.random.default_rng(seed))
     np.testing.assert_array_equal(again[1], held)
 
