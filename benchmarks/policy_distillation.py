@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from stillhouse.multi_task.hard_sharing import HardSharing, HardSharingConfig
 
 from benchmarks.machine import RESULTS, provenance
 from stillhouse import seeding
@@ -37,6 +36,7 @@ from stillhouse.envs.vector import VectorEnvironment
 from stillhouse.evaluation.rollouts import evaluate, network_policy
 from stillhouse.evaluation.statistics import geometric_mean, normalised_score
 from stillhouse.files import write_json
+from stillhouse.multi_task.hard_sharing import HardSharing, HardSharingConfig
 from stillhouse.networks.multi_task import MultiTaskNetwork, NetworkSpec, build_network, parameter_count
 from stillhouse.processor import use_one_core
 
