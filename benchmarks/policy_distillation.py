@@ -31,6 +31,7 @@ from stillhouse.datasets.collect import CollectConfig, Teacher, collect
 from stillhouse.datasets.reader import Dataset
 from stillhouse.distillation.offline import Distillation, DistillationConfig
 from stillhouse.distillation.on_policy import OnPolicyConfig, OnPolicyDistillation
+from stillhouse.distillation.online import OnlineConfig, OnlineDistillation
 from stillhouse.envs.make import EnvironmentConfig
 from stillhouse.envs.vector import VectorEnvironment
 from stillhouse.evaluation.rollouts import evaluate, network_policy
@@ -55,6 +56,9 @@ TRANSITIONS = 100_000  # a dataset's
 TEACHER: dict[str, dict[str, Any]] = {"freeway": {"epsilon_fraction": 0.3}}
 EPISODES = 100
 Stream = Literal["test", "validation"]
+
+
+Arms = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -210,8 +214,46 @@ def joint(folder: Path, seed: int) -> dict[str, Any]:
     }
 
 
+ONLINE_GAMES = ("asterix", "breakout", "space-invaders")
+ONLINE_STEPS = 1_000_000  # of each teacher
+
+
+def online(folder: Path, seed: int) -> dict[str, Any]:
+    """One student that follows three teachers while they learn; what both play as it goes on, and at the end."""
+    teachers = {
+        game: {"algorithm": "pqn", "env_steps": ONLINE_STEPS, **TEACHER.get(game, {})}
+        for game in ONLINE_GAMES
+    }
+    settings: dict[str, Any] = {
+        **SINGLE,
+        "method": "online",
+        "batch_size": 128,
+        "updates": 20_000,
+        "size": FIVE_GAMES,
+    }
+    distillation = OnlineDistillation(
+        OnlineConfig(**settings), teachers, environments_of(list(ONLINE_GAMES)), seed
+    )
+    started = time.perf_counter()
+    for _ in distillation.train():
+        pass
+    network = distillation.student()
+    random = {}
+    for game in ONLINE_GAMES:
+        policy = network_policy(network, game)
+        played = evaluate(policy, environment(game), EPISODES, seed, epsilon=1.0, num_envs=EPISODES)
+        random[game] = float(played.returns.mean())
+    return {
+        "returns": {game: judge(network, game, seed) for game in ONLINE_GAMES},
+        "random": random,
+        "parameters": parameter_count(network),
+        "curve": distillation.curve,
+        "seconds": time.perf_counter() - started,
+    }
+
+
 # A teacher's own shape, scaled to a share of its parameters.
-SINGLE = {
+SINGLE: dict[str, Any] = {
     "method": "offline",
     "loss": "kl",
     "temperature": 0.1,
@@ -230,9 +272,20 @@ LOSSES: dict[str, dict[str, Any]] = {
     "kl gap": {"temperature": None, "temperature_rule": "action_gap"},
 }
 SIZES = {"100 %": 1.0, "25 %": 0.25, "7 %": 0.07, "4 %": 0.04}
-ON_POLICY = {"method": "on_policy", "batch_size": 128, "updates": 20_000, "evaluation_interval": 1000}
+ON_POLICY: dict[str, Any] = {
+    "method": "on_policy",
+    "batch_size": 128,
+    "updates": 20_000,
+    "evaluation_interval": 1000,
+}
 # Eight filters of each game's own, then one dense layer for all games: 43,843 parameters, 1/15.2 of the teachers'.
-FIVE_GAMES = {"conv_channels": 8, "features": 76, "torso": (), "layer_norm": True, "share_planes": True}
+FIVE_GAMES: dict[str, Any] = {
+    "conv_channels": 8,
+    "features": 76,
+    "torso": (),
+    "layer_norm": True,
+    "share_planes": True,
+}
 ONE_STUDENT: dict[str, dict[str, Any]] = {
     "on-policy": {**SINGLE, **ON_POLICY, "size": FIVE_GAMES},
     "offline": {
@@ -245,7 +298,7 @@ ONE_STUDENT: dict[str, dict[str, Any]] = {
 }
 
 
-def single_jobs(phase: str, arms: dict[str, dict[str, Any]], seeds: tuple[int, ...]) -> Iterator[Job]:
+def single_jobs(phase: str, arms: Arms, seeds: tuple[int, ...]) -> Iterator[Job]:
     """One student a game, arm and seed."""
     for arm, settings in arms.items():
         for seed in seeds:
@@ -259,12 +312,12 @@ def slug(arm: str) -> str:
     return arm.replace(" %", "pc").replace(" ", "_").replace("-", "_")
 
 
-def loss_arms() -> dict[str, dict[str, Any]]:
+def loss_arms() -> Arms:
     """Losses at a quarter of the teacher's parameters."""
     return {arm: {**SINGLE, "parameter_fraction": 0.25, **changes} for arm, changes in LOSSES.items()}
 
 
-def compression_arms() -> dict[str, dict[str, Any]]:
+def compression_arms() -> Arms:
     """Sizes, offline as in the paper, and on-policy."""
     arms = {arm: {**SINGLE, "parameter_fraction": share} for arm, share in SIZES.items()}
     for arm in ("25 %", "7 %", "4 %"):
@@ -286,11 +339,18 @@ def joint_jobs() -> Iterator[Job]:
         yield Job("joint", f"s{seed}", joint, {"seed": seed})
 
 
+def online_jobs() -> Iterator[Job]:
+    """Three seeds."""
+    for seed in SEEDS[:3]:
+        yield Job("online", f"s{seed}", online, {"seed": seed})
+
+
 PHASES: dict[str, Callable[[], Iterator[Job]]] = {
     "teachers": teacher_jobs,
     "datasets": dataset_jobs,
     "one_student": one_student_jobs,
     "joint": joint_jobs,
+    "online": online_jobs,
     "losses": lambda: single_jobs("losses", loss_arms(), SEEDS),
     "compression": lambda: single_jobs("compression", compression_arms(), SEEDS),
 }
@@ -298,6 +358,7 @@ PHASES: dict[str, Callable[[], Iterator[Job]]] = {
 
 def assemble(folder: Path) -> None:
     """Write every study of which all jobs are done to ``benchmarks/results/policy_distillation/``."""
+    arms: Arms
     teachers = {
         steps: Results(folder, "teachers", f"{{game}}-{steps}-s{{seed}}")
         for steps in (TEACHER_STEPS, LONG_STEPS)
@@ -370,6 +431,61 @@ def assemble(folder: Path) -> None:
         )
 
 
+def assemble_online(folder: Path) -> None:
+    """Teachers and student over env steps: normalised by each seed's teachers at their best, mean over the games."""
+    results, seeds = Results(folder, "online", "s{seed}"), SEEDS[:3]
+    if not results.complete(seeds):
+        return
+    runs = [results.result(seed) for seed in seeds]
+    curves: dict[str, list[list[float]]] = {}
+    for who in ("teacher", "student"):
+        curves[who] = []
+        for run in runs:
+            best = {game: run["curve"][-1][f"best/{game}"] for game in ONLINE_GAMES}
+            means = [
+                np.mean(
+                    [
+                        (row[f"{who}/{game}"] - run["random"][game]) / (best[game] - run["random"][game])
+                        for game in ONLINE_GAMES
+                    ]
+                )
+                for row in run["curve"]
+            ]
+            curves[who].append([round(float(value), 4) for value in means])
+    env_steps = [row["env_steps"] for row in runs[0]["curve"]]
+    last = {
+        who: [[run["curve"][-1][f"{who}/{game}"] for game in ONLINE_GAMES] for run in runs]
+        for who in ("teacher", "best", "student")
+    }
+    random = [[run["random"][game] for game in ONLINE_GAMES] for run in runs]
+    arms: Arms = {
+        who: {
+            "returns": last[who],
+            "scores": normalised_score(np.array(last[who]), np.array(random), np.array(last["best"]))
+            .round(4)
+            .tolist(),
+            "extra": {"env_steps": env_steps, "curve": curves[who]},
+        }
+        for who in curves
+    }
+    arms["student"]["parameters"] = runs[0]["parameters"]
+    write_study(
+        {
+            "study": "online",
+            "question": "Can a student follow teachers that still learn?",
+            "provenance": provenance(),
+            "environments": list(ONLINE_GAMES),
+            "seeds": list(seeds),
+            "arms": arms,
+            "order": list(arms),
+            "reference": {"random": random, "teacher": last["best"]},
+            "notes": [
+                "Validation episodes; the score is 1 for the best that the seed's teacher reached by its end.",
+            ],
+        }
+    )
+
+
 @dataclass(frozen=True)
 class Results:
     """The files of one arm; ``pattern`` names them by game and seed, or by seed alone."""
@@ -424,9 +540,7 @@ def updates_to(teachers: Results, students: Results, seed: int, share: float) ->
     return None
 
 
-def save_study(
-    name: str, question: str, seeds: tuple[int, ...], arms: dict[str, dict[str, Any]], teachers: Results
-) -> None:
+def save_study(name: str, question: str, seeds: tuple[int, ...], arms: Arms, teachers: Results) -> None:
     """One committed file."""
     if not arms or not teachers.complete(seeds):
         return
@@ -448,10 +562,15 @@ def save_study(
             "teacher": teachers.matrix("return", seeds),
         },
     }
+    write_study(study)
+
+
+def write_study(study: dict[str, Any]) -> None:
+    """The file itself."""
     folder = RESULTS / "policy_distillation"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(study, indent=1) + "\n")
-    print(f"{name}: {', '.join(arms)}")
+    (folder / f"{study['study']}.json").write_text(json.dumps(study, indent=1) + "\n")
+    print(f"{study['study']}: {', '.join(study['arms'])}")
 
 
 def run_job(folder: Path, job: Job) -> tuple[str, float]:
@@ -495,6 +614,7 @@ def main() -> None:
     if not arguments.assemble:
         run(arguments.work, phases, arguments.workers, arguments.match)
     assemble(arguments.work)
+    assemble_online(arguments.work)
 
 
 if __name__ == "__main__":
