@@ -15,7 +15,7 @@ import argparse
 import json
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,16 +87,21 @@ def judge(network: MultiTaskNetwork, game: str, seed: int, stream: Stream = "tes
     return float(played.returns.mean())
 
 
-def teacher(folder: Path, game: str, env_steps: int, seed: int) -> dict[str, Any]:
-    """Train a PQN teacher; its checkpoint, its greedy return and that of random play."""
-    settings = {"algorithm": "pqn", "env_steps": env_steps, **TEACHER.get(game, {})}
+def teacher(folder: Path, game: str, env_steps: int, seed: int, algorithm: str = "pqn") -> dict[str, Any]:
+    """Train a teacher; its checkpoint, its greedy return and that of random play."""
+    settings = {"algorithm": algorithm, "env_steps": env_steps}
+    name = f"{game}-{env_steps}-s{seed}"
+    if algorithm == "pqn":
+        settings |= TEACHER.get(game, {})
+    else:
+        name = f"{algorithm}-{name}"
     learner = make_learner(settings, game, environment(game), seed)
     started = time.perf_counter()
     for _ in learner.train():
         pass
     seconds = time.perf_counter() - started
     details = {"environments": {game: environment(game).model_dump(mode="json")}}
-    save_checkpoint(folder / "teachers" / f"{game}-{env_steps}-s{seed}", learner.network, details)
+    save_checkpoint(folder / "teachers" / name, learner.network, details)
     nothing = network_policy(learner.network, game)
     random = evaluate(nothing, environment(game), EPISODES, seed, epsilon=1.0, num_envs=EPISODES)
     return {
@@ -113,14 +118,15 @@ def teacher_network(folder: Path, game: str, seed: int) -> MultiTaskNetwork:
     return load_checkpoint(folder / "teachers" / f"{game}-{TEACHER_STEPS}-s{seed}", "cpu").network
 
 
-def dataset(folder: Path, game: str, seed: int) -> dict[str, Any]:
+def dataset(folder: Path, game: str, seed: int, teacher: str = "") -> dict[str, Any]:
     """A teacher's play."""
-    checkpoint = load_checkpoint(folder / "teachers" / f"{game}-{TEACHER_STEPS}-s{seed}", "cpu")
+    name = teacher or f"{game}-{TEACHER_STEPS}-s{seed}"
+    checkpoint = load_checkpoint(folder / "teachers" / name, "cpu")
     network = checkpoint.network
     player = Teacher(
         network_policy(network, game), network.spec.output, checkpoint.digest, parameter_count(network)
     )
-    path = folder / "datasets" / f"{game}-s{seed}"
+    path = folder / "datasets" / (teacher or f"{game}-s{seed}")
     for _ in collect(
         player, environment(game), CollectConfig(transitions=TRANSITIONS, num_envs=64), seed, path
     ):
@@ -214,6 +220,23 @@ def joint(folder: Path, seed: int) -> dict[str, Any]:
     }
 
 
+def policy_teacher(folder: Path, game: str, seed: int) -> dict[str, Any]:
+    """A PPO teacher, whose outputs are logits, and students of a quarter of it, one for each loss."""
+    trained = teacher(folder, game, PPO_STEPS, seed, "ppo")
+    name = f"ppo-{game}-{PPO_STEPS}-s{seed}"
+    dataset(folder, game, seed, name)
+    returns, parameters = {}, 0
+    for arm, changes in POLICY_LOSSES.items():
+        config = DistillationConfig(**{**SINGLE, "parameter_fraction": 0.25, **changes})
+        distillation = Distillation(config, {game: Dataset.open(folder / "datasets" / name)}, seed)
+        for _ in distillation.train():
+            pass
+        network = distillation.student()
+        returns[arm] = judge(network, game, seed)
+        parameters = parameter_count(network)
+    return {**trained, "returns": returns, "student_parameters": parameters}
+
+
 ONLINE_GAMES = ("asterix", "breakout", "space-invaders")
 ONLINE_STEPS = 1_000_000  # of each teacher
 
@@ -271,6 +294,14 @@ LOSSES: dict[str, dict[str, Any]] = {
     "kl 1": {"temperature": 1.0},
     "kl gap": {"temperature": None, "temperature_rule": "action_gap"},
 }
+PPO_GAMES = ("asterix", "breakout")
+PPO_STEPS = 1_000_000
+POLICY_LOSSES: dict[str, dict[str, Any]] = {
+    "kl 1": {"temperature": 1.0},
+    "kl 0.1": {"temperature": 0.1},
+    "nll": {"loss": "nll"},
+    "mse": {"loss": "mse"},
+}
 SIZES = {"100 %": 1.0, "25 %": 0.25, "7 %": 0.07, "4 %": 0.04}
 ON_POLICY: dict[str, Any] = {
     "method": "on_policy",
@@ -300,8 +331,8 @@ ONE_STUDENT: dict[str, dict[str, Any]] = {
 
 def single_jobs(phase: str, arms: Arms, seeds: tuple[int, ...]) -> Iterator[Job]:
     """One student a game, arm and seed."""
-    for arm, settings in arms.items():
-        for seed in seeds:
+    for seed in seeds:
+        for arm, settings in arms.items():
             for game in GAMES:
                 arguments = {"games": [game], "seed": seed, "settings": settings}
                 yield Job(phase, f"{slug(arm)}-{game}-s{seed}", student, arguments)
@@ -313,8 +344,9 @@ def slug(arm: str) -> str:
 
 
 def loss_arms() -> Arms:
-    """Losses at a quarter of the teacher's parameters."""
-    return {arm: {**SINGLE, "parameter_fraction": 0.25, **changes} for arm, changes in LOSSES.items()}
+    """Losses at a quarter of the teacher's parameters, in half of the updates: there are many."""
+    common = {**SINGLE, "parameter_fraction": 0.25, "updates": 5000}
+    return {arm: {**common, **changes} for arm, changes in LOSSES.items()}
 
 
 def compression_arms() -> Arms:
@@ -345,12 +377,20 @@ def online_jobs() -> Iterator[Job]:
         yield Job("online", f"s{seed}", online, {"seed": seed})
 
 
+def policy_teacher_jobs() -> Iterator[Job]:
+    """Three seeds."""
+    for seed in SEEDS[:3]:
+        for game in PPO_GAMES:
+            yield Job("policy_teachers", f"{game}-s{seed}", policy_teacher, {"game": game, "seed": seed})
+
+
 PHASES: dict[str, Callable[[], Iterator[Job]]] = {
     "teachers": teacher_jobs,
     "datasets": dataset_jobs,
     "one_student": one_student_jobs,
     "joint": joint_jobs,
     "online": online_jobs,
+    "policy_teachers": policy_teacher_jobs,
     "losses": lambda: single_jobs("losses", loss_arms(), SEEDS),
     "compression": lambda: single_jobs("compression", compression_arms(), SEEDS),
 }
@@ -373,11 +413,14 @@ def assemble(folder: Path) -> None:
         ("losses", "Which loss?", loss_arms()),
         ("compression", "How small can a student be?", compression_arms()),
     ):
-        arms = {}
-        for arm in settings:
-            if (found := Results(folder, study, f"{slug(arm)}-{{game}}-s{{seed}}")).complete(SEEDS):
-                arms[arm] = {"returns": found.matrix("returns"), "parameters": found.parameters()}
-        save_study(study, question, SEEDS, arms, teachers[TEACHER_STEPS])
+        results = {arm: Results(folder, study, f"{slug(arm)}-{{game}}-s{{seed}}") for arm in settings}
+        seeds = tuple(seed for seed in SEEDS if all(arm.complete((seed,)) for arm in results.values()))
+        if len(seeds) >= 3:
+            arms = {
+                arm: {"returns": found.matrix("returns", seeds), "parameters": found.parameters()}
+                for arm, found in results.items()
+            }
+            save_study(study, question, seeds, arms, teachers[TEACHER_STEPS])
     five = {
         arm: found
         for arm in ONE_STUDENT
@@ -486,6 +529,40 @@ def assemble_online(folder: Path) -> None:
     )
 
 
+def assemble_policy_teachers(folder: Path) -> None:
+    """Losses on a teacher of logits."""
+    found, seeds = Results(folder, "policy_teachers", "{game}-s{seed}"), SEEDS[:3]
+    if not found.complete(seeds, PPO_GAMES):
+        return
+    runs = [[found.result(seed, game) for game in PPO_GAMES] for seed in seeds]
+    random, best = ([[run[key] for run in row] for row in runs] for key in ("random", "return"))
+    arms: Arms = {}
+    for arm in POLICY_LOSSES:
+        returns = [[run["returns"][arm] for run in row] for row in runs]
+        normalised = normalised_score(np.array(returns), np.array(random), np.array(best))
+        arms[arm] = {
+            "returns": returns,
+            "scores": normalised.round(4).tolist(),
+            "parameters": runs[0][0]["student_parameters"],
+        }
+    steps = f"{PPO_STEPS:,} env steps"
+    write_study(
+        {
+            "study": "losses_policy_teachers",
+            "question": "Which loss, where the teacher's outputs are logits?",
+            "provenance": provenance(),
+            "environments": list(PPO_GAMES),
+            "seeds": list(seeds),
+            "arms": arms,
+            "order": list(arms),
+            "reference": {"random": random, "teacher": best},
+            "notes": [
+                f"Teachers: PPO, {steps}, default settings. Logits are a policy already: the default temperature is 1."
+            ],
+        }
+    )
+
+
 @dataclass(frozen=True)
 class Results:
     """The files of one arm; ``pattern`` names them by game and seed, or by seed alone."""
@@ -507,9 +584,9 @@ class Results:
         """The first seed's, of the first game."""
         return self.result(SEEDS[0], next(iter(GAMES)))
 
-    def complete(self, seeds: tuple[int, ...]) -> bool:
+    def complete(self, seeds: tuple[int, ...], games: Iterable[str] = GAMES) -> bool:
         """Whether all are there."""
-        return all(self.path(seed, game).is_file() for seed in seeds for game in GAMES)
+        return all(self.path(seed, game).is_file() for seed in seeds for game in games)
 
     def parameters(self) -> int:
         """Of the first game's network: other games have some planes more or less."""
@@ -625,6 +702,7 @@ def main() -> None:
         run(arguments.work, phases, arguments.workers, arguments.match)
     assemble(arguments.work)
     assemble_online(arguments.work)
+    assemble_policy_teachers(arguments.work)
 
 
 if __name__ == "__main__":

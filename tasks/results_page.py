@@ -369,19 +369,6 @@ SECTIONS = (
         online_table,
         "The paper shows a figure only: the student follows each improvement of a DQN teacher, with a smoother curve.",
     ),
-    Section(
-        "imbalance",
-        "Unequal environments",
-        scores_table,
-        "Reward scales and dataset sizes made unequal on purpose, without and with the options against it. The paper reports no "
-        "such experiment.",
-    ),
-    Section(
-        "scale",
-        "Scale",
-        scores_table,
-        "The paper keeps 540,000 transitions a game, for up to ten games.",
-    ),
 )
 
 HEAD = """# Policy distillation: results

@@ -274,7 +274,7 @@ class PPO:
         config = self.config
         observations, actions, log_mu, returns, advantages = minibatch
         features = self.network.features(observations, self.environment)
-        logits = self.network.heads[self.environment](features)
+        logits = self.network.head(features, self.environment)
         values = self._value(observations, features.detach() if self._warming else features)
         loss = clipped_loss(
             logits,

@@ -203,7 +203,7 @@ class ExpectedEntropy:
         losses, critic_losses, divergences = {}, [], {}
         for name, batch in batches.items():
             features = self.training.network.features(batch.observations, name)
-            logits = self.training.network.heads[name](features)
+            logits = self.training.network.head(features, name)
             divergence = reverse_kl(logits, batch.log_teacher).mean()
             chosen = torch.log_softmax(logits, 1).gather(1, batch.actions.unsqueeze(1)).squeeze(1)
             losses[name] = divergence - self.config.correction * (chosen * batch.advantages).mean()
@@ -227,7 +227,7 @@ class ExpectedEntropy:
         features = torch.cat([network.features(part.to(self.training.device), name) for part in parts])
         return (
             log_teacher,
-            reverse_kl(network.heads[name](features), log_teacher),
+            reverse_kl(network.head(features, name), log_teacher),
             self._value(name, features),
         )
 

@@ -188,6 +188,13 @@ class StudentConfig(Config):
             raise ValueError("either a temperature or temperature_rule action_gap is allowed, not both")
         return self
 
+    @model_validator(mode="after")
+    def _own_heads_for_q_values(self) -> Self:
+        # Each environment's Q-values have a mean and deviation of their own, which are folded into a head of its own.
+        if self.loss == "mse" and self.size.share_head:
+            raise ValueError("size.share_head is allowed with loss kl or nll, not with mse")
+        return self
+
 
 @dataclass
 class _Source:
@@ -453,7 +460,7 @@ class StudentTraining:
         weights = weights[: parameter_count(student)].clone()  # what follows was trained beside the network
         with torch.no_grad():
             torch.nn.utils.vector_to_parameters(weights, student.parameters())
-            for source in self._sources.values():
+            for source in self._sources.values() if self.config.loss == "mse" else ():
                 head: Any = student.heads[source.name]
                 head.weight.mul_(source.scale)
                 head.bias.mul_(source.scale).add_(source.shift)
@@ -582,7 +589,7 @@ class StudentTraining:
         self, source: _Source, observations: Tensor, target: Tensor, teacher_features: Tensor | None
     ) -> Tensor:
         features = self.network.features(observations, source.name)
-        student = self.network.heads[source.name](features)  # [B, A]
+        student = self.network.head(features, source.name)  # [B, A]
         if self.config.loss == "kl":
             loss = kl_to_policy(student, target)
         elif self.config.loss == "nll":

@@ -70,7 +70,7 @@ class HardSharing:
         seed: the stage's seed.
 
     Raises:
-        StillhouseError: a weight or reward scale for an unknown environment.
+        StillhouseError: a weight or reward scale for an unknown environment, or several reward scales and one head.
     """
 
     def __init__(
@@ -86,6 +86,11 @@ class HardSharing:
                     f"{where}: {', '.join(unknown)} is not among the environments; allowed are {', '.join(environments)}"
                 )
         self.config = config
+        if network.spec.size.share_head and len({self.reward_scale(name) for name in environments}) > 1:
+            raise StillhouseError(
+                "network.share_head: one head cannot give Q-values on several reward scales; set share_head to false, or "
+                "the same reward scale for all environments"
+            )
         self.network = network
         self.parameters = FlatParameters(network, config.learning_rate)
         self.device = self.parameters.values.device
@@ -114,7 +119,8 @@ class HardSharing:
 
     def rescale_heads(self) -> None:
         """Bring the heads to the environments' own rewards: at the end, for a checkpoint."""
-        for name in self.rollouts:
+        shared = self.network.spec.size.share_head
+        for name in list(self.rollouts)[: 1 if shared else None]:
             scale_head(self.network, name, 1 / self.reward_scale(name))
 
     def train(self) -> Iterator[Report]:

@@ -1,12 +1,14 @@
 """The one network of this project: adapters, a shared torso, a head per environment.
 
 A teacher is the case of one environment. Equal observation shapes share an adapter; with ``share_planes`` all planes of
-equal sides share everything but the first convolution.
+equal sides share everything but the first convolution. With ``share_head`` there is one head, as wide as the largest
+action set, of which every environment reads its first actions; the others are masked out of it.
 """
 
 from __future__ import annotations
 
 import itertools
+from typing import NamedTuple
 
 import torch
 from pydantic import Field
@@ -23,6 +25,9 @@ from stillhouse.networks.adapters import (
 )
 from stillhouse.types import EnvironmentSpec, OutputKind
 
+# The key of the head that all environments share.
+SHARED_HEAD = "shared_head"
+
 
 class NetworkSize(Config):
     """Widths of a network."""
@@ -33,6 +38,10 @@ class NetworkSize(Config):
         description="planes of equal sides share all but the first convolution, of which every environment has its own",
     )
     features: int = Field(default=128, ge=1, le=8192, description="width of every adapter's output")
+    share_head: bool = Field(
+        default=False,
+        description="one head for all environments: action i is the same action everywhere, and what an environment lacks is masked",
+    )
     torso: tuple[int, ...] = Field(default=(), max_length=16, description="widths of the shared dense layers")
     layer_norm: bool = Field(default=False, description="normalise after every layer but the heads")
 
@@ -61,6 +70,14 @@ class Torso(nn.Module):
         return features
 
 
+class _Route(NamedTuple):
+    """An environment's way through the network: keys of its modules; ``body`` may be ""."""
+
+    adapter: str
+    body: str
+    head: str
+
+
 class MultiTaskNetwork(nn.Module):
     """Raw observations of a named environment -> one output per action."""
 
@@ -70,48 +87,54 @@ class MultiTaskNetwork(nn.Module):
         size = spec.size
         self.adapters = nn.ModuleDict()
         self.bodies = nn.ModuleDict()
-        self._routes: dict[str, tuple[str, str]] = {}  # environment -> its adapter, and its body or ""
+        self.heads = nn.ModuleDict()
+        self._routes: dict[str, _Route] = {}
         widths = (size.conv_channels, size.features, size.layer_norm)
         for name, environment in spec.environments.items():
             observation = environment.observation
+            head = SHARED_HEAD if size.share_head else name
             if size.share_planes and has_planes(observation):
                 height, width, _ = height_width_channels(observation)
                 body = f"planes_{height}x{width}"
-                self._routes[name] = (name, body)
+                self._routes[name] = _Route(name, body, head)
                 first = PlanesConvolution(observation, size.conv_channels, size.layer_norm)
                 self.adapters[name] = first
                 if body not in self.bodies:
                     self.bodies[body] = VectorAdapter(first.outputs, size.features, size.layer_norm)
             else:
-                self._routes[name] = (observation.key, "")
+                self._routes[name] = _Route(observation.key, "", head)
                 if observation.key not in self.adapters:
                     self.adapters[observation.key] = make_adapter(observation, *widths)
         self.torso = Torso(size.features, size.torso, size.layer_norm)
-        self.heads = nn.ModuleDict(
-            {
-                name: nn.Linear(self.torso.outputs, environment.actions)
-                for name, environment in spec.environments.items()
-            }
-        )
+        widest = max(environment.actions for environment in spec.environments.values())
+        for name, environment in spec.environments.items():
+            if (key := self._routes[name].head) not in self.heads:
+                self.heads[key] = nn.Linear(
+                    self.torso.outputs, widest if size.share_head else environment.actions
+                )
 
     def features(self, observations: Tensor, environment: str) -> Tensor:
         """The torso's output, [B, last width], for raw observations [B, ...]."""
-        adapter, body = self._routes[environment]
-        adapted = self.adapters[adapter](observations)
-        if body:
-            adapted = self.bodies[body](adapted)
+        route = self._routes[environment]
+        adapted = self.adapters[route.adapter](observations)
+        if route.body:
+            adapted = self.bodies[route.body](adapted)
         features: Tensor = self.torso(adapted)
         return features
 
+    def head(self, features: Tensor, environment: str) -> Tensor:
+        """The outputs [B, A] for the torso's features [B, last width]."""
+        outputs: Tensor = self.heads[self._routes[environment].head](features)
+        return outputs[:, : self.spec.environments[environment].actions]
+
     def forward(self, observations: Tensor, environment: str) -> Tensor:
         """Q-values or logits (``spec.output``), float32 [B, A], for raw observations [B, ...]."""
-        outputs: Tensor = self.heads[environment](self.features(observations, environment))
-        return outputs
+        return self.head(self.features(observations, environment), environment)
 
 
 def scale_head(network: MultiTaskNetwork, environment: str, factor: float) -> None:
-    """Multiply the outputs for ``environment`` by ``factor``, in its head's weights."""
-    head = network.heads[environment]
+    """Multiply the outputs for ``environment`` by ``factor``, in its head's weights; a shared head's are everyone's."""
+    head = network.heads[SHARED_HEAD if network.spec.size.share_head else environment]
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.mul_(factor)

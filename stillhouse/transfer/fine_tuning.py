@@ -27,7 +27,7 @@ from stillhouse.agents import fresh_network
 from stillhouse.config import Config
 from stillhouse.envs.make import EnvironmentConfig
 from stillhouse.evaluation.rollouts import evaluate
-from stillhouse.networks.multi_task import MultiTaskNetwork
+from stillhouse.networks.multi_task import SHARED_HEAD, MultiTaskNetwork
 from stillhouse.types import EnvironmentSpec, Learner, OutputKind, Report
 
 Mode = Literal["full", "frozen", "scratch"]
@@ -104,7 +104,8 @@ def target_network(
         mode: ``scratch`` takes nothing.
         output: what the learner's network gives.
     """
-    network = fresh_network(student.spec.size, name, environment, output, seed)
+    size = student.spec.size.model_copy(update={"share_head": False})  # alone, it has a head of its own
+    network = fresh_network(size, name, environment, output, seed)
     report = TensorReport([], [], [])
     own = dict(network.named_parameters())
     theirs = {} if mode == "scratch" else dict(student.named_parameters())
@@ -115,7 +116,8 @@ def target_network(
             # An adapter, too, has its environment's name where planes share a body.
             for part in ("heads", "adapters"):
                 if key.startswith(f"{part}.{name}."):
-                    source_key = key.replace(f"{part}.{name}.", f"{part}.{source}.", 1)
+                    theirs_is = SHARED_HEAD if source and is_head and student.spec.size.share_head else source
+                    source_key = key.replace(f"{part}.{name}.", f"{part}.{theirs_is}.", 1)
             usable = not is_head or student.spec.output == output
             given = theirs.get(source_key) if usable else None
             if given is None:

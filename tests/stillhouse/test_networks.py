@@ -177,6 +177,23 @@ def test_frozen_parameters_do_not_move_until_unfrozen() -> None:
     assert not torch.equal(network.state_dict()["0.weight"], before["0.weight"])
 
 
+def test_a_shared_head_masks_the_actions_that_an_environment_lacks() -> None:
+    observation = OBSERVATIONS[0]
+    environments = {
+        name: EnvironmentSpec(observation=observation, actions=actions)
+        for name, actions in (("two", 2), ("five", 5))
+    }
+    size = NetworkSize(features=8, share_head=True)
+    network = build_network(NetworkSpec(size=size, environments=environments, output="logits"), 0)
+    observations = observe(observation)
+    two, five = network(observations, "two"), network(observations, "five")
+    assert two.shape == (len(observations), 2) and five.shape == (len(observations), 5)
+    torch.testing.assert_close(two, five[:, :2])  # action i is the same action everywhere
+    two.sum().backward()
+    gradient = network.heads["shared_head"].weight.grad
+    assert gradient[:2].any() and not gradient[2:].any()
+
+
 def test_scaling_a_head_scales_its_outputs_and_no_others() -> None:
     vector = EnvironmentSpec(observation=OBSERVATIONS[0], actions=2)
     spec = NetworkSpec(

@@ -479,6 +479,21 @@ def test_a_loss_that_is_not_finite_stops_without_a_result(tmp_path: Path) -> Non
         distillation.student()
 
 
+def test_teachers_with_other_action_sets_can_share_a_head(
+    tmp_path: Path, datasets: dict[str, Dataset]
+) -> None:
+    size = NetworkSize(features=32, torso=(32,), layer_norm=True, share_head=True)
+    assert len({data.schema.environment.actions for data in datasets.values()}) > 1
+    distillation = Distillation(config(size=size, updates=300), datasets, seed=0)
+    list(distillation.train())
+    student = distillation.student()
+    assert list(student.heads) == ["shared_head"]
+    best = distillation.training.best
+    assert min(best[f"agreement/{name}"] for name in datasets) > 0.8
+    with pytest.raises(ValueError, match="share_head is allowed with loss kl or nll, not with mse"):
+        config(size=size, loss="mse")
+
+
 def test_mse_needs_teachers_of_one_kind(tmp_path: Path) -> None:
     datasets = {
         "line": make_dataset(tmp_path / "line", ENVIRONMENTS["line"]),

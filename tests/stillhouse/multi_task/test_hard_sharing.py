@@ -20,13 +20,13 @@ IDS = {"cartpole": "CartPole-v1", "frozen": "FrozenLake-v1"}
 SIZE = NetworkSize(features=16, torso=(16,), layer_norm=True)
 
 
-def learner(seed: int = 0, **changes: Any) -> HardSharing:
+def learner(seed: int = 0, size: NetworkSize = SIZE, **changes: Any) -> HardSharing:
     settings: dict[str, Any] = {
         "env_steps": 1024,
         "num_envs": 8,
         "rollout_length": 16,
         "minibatches": 4,
-        "network": SIZE,
+        "network": size,
     }
     config = HardSharingConfig(**{**settings, **changes})
     envs = {
@@ -34,7 +34,7 @@ def learner(seed: int = 0, **changes: Any) -> HardSharing:
         for name, identifier in IDS.items()
     }
     spec = NetworkSpec(
-        size=SIZE, environments={name: env.spec for name, env in envs.items()}, output="q_values"
+        size=size, environments={name: env.spec for name, env in envs.items()}, output="q_values"
     )
     return HardSharing(config, build_network(spec, seed), envs, seed)
 
@@ -73,6 +73,18 @@ def test_rewards_are_scaled_by_environment_and_the_heads_scaled_back() -> None:
     training.rescale_heads()
     torch.testing.assert_close(training.network.heads["cartpole"].weight, before[0] * 10)
     torch.testing.assert_close(training.network.heads["frozen"].weight, before[1])
+
+
+def test_a_shared_head_has_one_reward_scale() -> None:
+    shared = SIZE.model_copy(update={"share_head": True})
+    training = learner(size=shared, reward_scale=0.1)
+    before = training.network.heads["shared_head"].weight.clone()
+    training.rescale_heads()
+    torch.testing.assert_close(training.network.heads["shared_head"].weight, before * 10)
+    with pytest.raises(
+        StillhouseError, match=r"share_head.*set share_head to false, or the same reward scale"
+    ):
+        learner(size=shared, reward_scales={"cartpole": 0.1})
 
 
 def test_interrupted_and_whole_training_end_in_the_same_bytes(tmp_path: Path) -> None:

@@ -85,6 +85,18 @@ def test_an_adapter_of_the_environments_own_is_taken_from_the_source() -> None:
     torch.testing.assert_close(network(observations, "flipped"), source(observations, "breakout"))
 
 
+def test_a_shared_head_is_taken_from_whatever_environment_shares_it() -> None:
+    size = NetworkSize(features=16, share_head=True)
+    spec = NetworkSpec(
+        size=size, environments={"cartpole": CARTPOLE, "three": THREE_ACTIONS}, output="logits"
+    )
+    source = build_network(spec, 5)
+    network, report = target_network(source, "longer", CARTPOLE, "cartpole", 0, "full", "logits")
+    assert not report.new and report.sliced == ["heads.longer.weight", "heads.longer.bias"]
+    observations = torch.randn(7, 4)
+    torch.testing.assert_close(network(observations, "longer"), source(observations, "cartpole"))
+
+
 def test_other_spaces_keep_the_torso_only() -> None:
     source = student("q_values")
     network, report = target_network(source, "other", OTHER, "", 0, "frozen")
