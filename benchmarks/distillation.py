@@ -449,22 +449,22 @@ ARMS: dict[str, tuple[bool, bool, dict[str, Any]]] = {
     "kl, scaled, tau from the action gap": (
         True,
         False,
-        {"loss": "kl", "temperature_rule": "action_gap"},
+        {"loss": "kl", "temperature_rule": "action_gap", "greedy_odds": 50.0},
     ),
     "kl, scaled and cut, tau from the action gap": (
         True,
         True,
-        {"loss": "kl", "temperature_rule": "action_gap"},
+        {"loss": "kl", "temperature_rule": "action_gap", "greedy_odds": 50.0},
     ),
     "kl, scaled and cut, tau from the action gap, normalised": (
         True,
         True,
-        {"loss": "kl", "temperature_rule": "action_gap", "normalise_loss": True},
+        {"loss": "kl", "temperature_rule": "action_gap", "greedy_odds": 50.0, "normalise_loss": True},
     ),
     "kl, scaled and cut, tau from the action gap, resting": (
         True,
         True,
-        {"loss": "kl", "temperature_rule": "action_gap", "environment_patience": 2},
+        {"loss": "kl", "temperature_rule": "action_gap", "greedy_odds": 50.0, "environment_patience": 2},
     ),
 }
 

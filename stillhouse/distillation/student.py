@@ -116,7 +116,7 @@ class StudentConfig(Config):
         description="kl: action_gap gives every teacher of Q-values a temperature of its own, from greedy_odds",
     )
     greedy_odds: float = Field(
-        default=50.0,
+        default=2.0,
         gt=1,
         le=1e9,
         description="action_gap: in a state of mean action gap the teacher's best action is so many times as probable as its "
