@@ -23,6 +23,7 @@ EXAMPLES = """examples:
   stillhouse play data/students/small-s0 --environment cartpole --output cartpole.gif
   stillhouse evaluate data/teachers/cartpole-s0 --episodes 200
   stillhouse report                         where the report lies; --open shows it
+  stillhouse up                             the Prefect UI with every deployment, until `stillhouse down`
 """
 
 
@@ -140,6 +141,36 @@ def _parser() -> argparse.ArgumentParser:
                 "--output", type=Path, default=Path("play.gif"), metavar="FILE", help=".gif or .mp4"
             )
 
+    up = command(
+        "up", _up, "bring up the Prefect UI, a worker and all deployments; they run until `stillhouse down`"
+    )
+    up.add_argument(
+        "--host", default="127.0.0.1", metavar="ADDRESS", help="to listen on (default: this machine only)"
+    )
+    up.add_argument("--port", type=int, default=4200, metavar="N", help="of the UI (default: 4200)")
+    up.add_argument(
+        "--runs", type=int, default=2, metavar="N", help="runs at a time; others wait (default: 2)"
+    )
+    prune = command(
+        "prune", _prune, "give back what old runs have left: worktrees, experiments, saved states, cache"
+    )
+    prune.add_argument("--dry-run", action="store_true", help="only say what would go")
+    prune.add_argument(
+        "--keep-runs", type=int, default=5, metavar="N", help="newest worktrees to keep (default: 5)"
+    )
+    prune.add_argument(
+        "--keep-experiments",
+        type=int,
+        default=50,
+        metavar="N",
+        help="newest experiments to keep (default: 50)",
+    )
+    prune.add_argument(
+        "--keep-days", type=float, default=7.0, metavar="X", help="keep saved states so long (default: 7)"
+    )
+    command("down", _down, "stop what `stillhouse up` has started, runs in progress with it")
+    command("status", _status, "what runs: server, workers, deployments, the latest runs")
+
     report = command("report", _report, "where the latest report lies")
     report.add_argument("--open", action="store_true", help="show it in the browser")
     return parser
@@ -158,25 +189,16 @@ def _run(arguments: argparse.Namespace) -> int:
     from prefect.logging.handlers import APILogHandler
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    if url := PREFECT_API_URL.value():
-        _check_server(url)
-        return _run_flow(arguments)
-    with PrivateServer(checkout) as server:
-        from flows.distillation import flat_overrides, runs_in_place
+    from flows.service import api_url
 
+    if url := PREFECT_API_URL.value() or api_url(checkout):
+        with temporary_settings({PREFECT_API_URL: url}):
+            _check_server(url)
+            return _run_flow(arguments)
+    with PrivateServer(checkout) as server:
         # A mistake in the parameters shows while the server starts, and before anything is done.
-        overrides = [
-            *flat_overrides(
-                arguments.seeds,
-                arguments.budget,
-                arguments.loss,
-                arguments.temperature,
-                arguments.student_share,
-                arguments.device,
-            ),
-            *arguments.set,
-        ]
-        if runs_in_place(arguments.suite, overrides, arguments.revision, arguments.in_place):
+        overrides = _overrides(arguments)
+        if _in_place(arguments) and not arguments.revision:
             with hold(checkout):
                 plan_ahead(checkout, arguments.suite, overrides, "--in-place-run")
         elif not arguments.revision:
@@ -186,6 +208,19 @@ def _run(arguments: argparse.Namespace) -> int:
                 return _run_flow(arguments)
             finally:
                 APILogHandler().flush()  # while there is a server to send them to
+
+
+def _overrides(arguments: argparse.Namespace) -> list[str]:
+    from flows.distillation import flat_overrides
+
+    form = ("seeds", "budget", "loss", "temperature", "student_share", "device")
+    return [*flat_overrides(*(getattr(arguments, name) for name in form)), *arguments.set]
+
+
+def _in_place(arguments: argparse.Namespace) -> bool:
+    """Whether it is asked for, or this is the committed quickstart as it is."""
+    changed = arguments.suite != "quickstart" or arguments.revision or _overrides(arguments)
+    return arguments.in_place or not changed
 
 
 def _check_server(url: str) -> None:
@@ -226,7 +261,7 @@ def _run_flow(arguments: argparse.Namespace) -> int:
         "downstream": arguments.downstream_,
         "force": arguments.force_,
         "workers": arguments.workers,
-        "in_place": arguments.in_place,
+        "in_place": _in_place(arguments),
         "revision": arguments.revision,
     }
     try:
@@ -258,6 +293,43 @@ def _plan(arguments: argparse.Namespace) -> int:
     argv += ["--check"] * arguments.check + ["--overwrite"] * arguments.overwrite
     with contextlib.nullcontext() if arguments.check else hold(checkout):
         print(call_planner(checkout, *argv), end="")
+    return 0
+
+
+def _up(arguments: argparse.Namespace) -> int:
+    from flows.service import up
+    from flows.workspace import find_checkout
+
+    if not 1 <= arguments.runs <= 100:
+        raise StillhouseError(f"--runs: 1 to 100 is allowed, but {arguments.runs} was given")
+    state = up(find_checkout(Path.cwd()), arguments.host, arguments.port, arguments.runs)
+    print(f"{state['ui']}  (`stillhouse status` says what runs, `stillhouse down` stops it)")
+    return 0
+
+
+def _down(arguments: argparse.Namespace) -> int:
+    from flows.service import down
+    from flows.workspace import find_checkout
+
+    print("stopped" if down(find_checkout(Path.cwd())) else "nothing to stop: the service is down")
+    return 0
+
+
+def _prune(arguments: argparse.Namespace) -> int:
+    from flows.prune import Kept, prune
+    from flows.workspace import find_checkout
+
+    kept = Kept(arguments.keep_runs, arguments.keep_experiments, arguments.keep_days)
+    for line in prune(find_checkout(Path.cwd()), kept, arguments.dry_run):
+        print(line)
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from flows.service import overview
+    from flows.workspace import find_checkout
+
+    print("\n".join(overview(find_checkout(Path.cwd()))))
     return 0
 
 

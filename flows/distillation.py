@@ -5,6 +5,7 @@ Prefect reads them to check parameters and to draw its form.
 """
 
 import re
+import time
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +20,7 @@ from rich.markup import escape
 from flows.display import console
 from flows.graph import Outcome, run_graph
 from flows.results import publish, run_facts, show
-from flows.workspace import find_checkout, hold, make_worktree, plan, remove_worktree
+from flows.workspace import find_checkout, in_checkout, own_worktree, plan
 from stillhouse.errors import StillhouseError
 from tasks.run_stage import call_dvc
 
@@ -47,8 +48,23 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+def run_name() -> str:
+    """A name that says what was asked for, ``smoke-nll-5-seeds-1121-1747``, unless the user gave one."""
+    given = str(flow_run.name or "")
+    if given and not re.fullmatch(r"[a-z]+-[a-z]+", given):  # Prefect makes up two words
+        return given
+    asked: dict[str, Any] = flow_run.parameters
+    parts = [str(asked.get("suite", ""))]
+    parts += [str(asked["loss"])] if asked.get("loss", "suite") != "suite" else []
+    parts += [f"{asked['seeds']}-seeds"] if asked.get("seeds") else []
+    parts += [f"budget-{asked['budget']:g}"] if asked.get("budget", 1.0) != 1.0 else []
+    parts += ["set"] if asked.get("set") else []
+    return "-".join([*parts, time.strftime("%m%d-%H%M%S")])
+
+
 @flow(
     name="distillation",
+    flow_run_name=run_name,
     task_runner=ThreadPoolTaskRunner(max_workers=256),  # type: ignore[arg-type] # run_graph limits what runs at once
     persist_result=False,
 )
@@ -104,50 +120,39 @@ def distillation(
 ) -> Any:
     """Train teachers, distil them into students, move those to new environments, judge and report.
 
-    The committed quickstart runs in place; everything else in a git worktree under ``.stillhouse/worktrees/``, and is
-    saved as a DVC experiment named after the run.
+    A run has a git worktree of its own under ``.stillhouse/worktrees/``, and is saved as a DVC experiment named after it. Only
+    the command line runs in the checkout itself: the committed quickstart, or anything that it is told to.
     """
     overrides = [*flat_overrides(seeds, budget, loss.value, temperature, student_share, device.value), *set]
     try:
         if revision.startswith("-"):
             raise StillhouseError(f"revision: {revision!r} is not a git revision")
         checkout = find_checkout(Path.cwd())
-        here = runs_in_place(suite, overrides, revision, in_place)
+        if in_place and (revision or flow_run.deployment_id):
+            what = "a run at a revision" if revision else "a run that was triggered"
+            raise StillhouseError(f"in_place: {what} has a worktree of its own; leave in_place out")
         selection = {"only": only, "from_": from_, "downstream": downstream, "force": force}
-        if here:
-            with hold(checkout):
-                outcome = _run(checkout, checkout, suite, overrides, selection, workers)
-            experiment = ""
-        else:
-            name = re.sub(r"[^a-z0-9-]", "-", f"{flow_run.name}-{str(flow_run.id)[:6]}".lower())
-            workspace = make_worktree(checkout, name, revision)
-            console.print(f"workspace {workspace.relative_to(checkout)}")
-            try:
-                outcome = _run(workspace, checkout, suite, overrides, selection, workers)
-            except StillhouseError:
-                # Refused before any stage ran: nothing in it is worth keeping.
-                remove_worktree(checkout, workspace)
-                raise
-            experiment = _save(workspace, name) if not outcome.failed else ""
-        console.print(outcome.text() + (f"; saved as experiment {experiment}" if experiment else ""))
+        experiment = run_id(str(flow_run.name), str(flow_run.id))
+        with in_checkout(checkout) if in_place else own_worktree(checkout, experiment, revision) as workspace:
+            name = workspace.relative_to(checkout)
+            if not in_place:
+                console.print(f"workspace {name}")
+            outcome = _run(workspace, checkout, suite, overrides, selection, workers)
+            saved = not in_place and not outcome.failed and _save(workspace, experiment)
     except StillhouseError as error:
         return Failed(name="Rejected", message=str(error))  # nothing ran: what was asked for cannot be done
+    text = outcome.text() + (f"; saved as experiment {experiment}" if saved else "")
+    console.print(text)
     if outcome.failed:
-        return Failed(message="; ".join(f"{name}: {reason}" for name, reason in outcome.failed.items()))
-    return Completed(message=outcome.text())
+        reasons = "; ".join(f"{stage}: {reason}" for stage, reason in outcome.failed.items())
+        kept = "" if in_place else f" (what it left is in {name} until `stillhouse prune`)"
+        return Failed(message=reasons + kept)
+    return Completed(message=text)
 
 
-def runs_in_place(suite: str, overrides: list[str], revision: str, in_place: bool) -> bool:
-    """Whether a run happens in the checkout itself: where it is asked to, and the committed quickstart as it is.
-
-    Raises:
-        StillhouseError: in place, but at another revision.
-    """
-    if in_place and revision:
-        raise StillhouseError(
-            "in_place: a revision is checked out in a worktree of its own; leave in_place out"
-        )
-    return in_place or (suite == "quickstart" and not overrides and not revision)
+def run_id(name: str, identifier: str) -> str:
+    """What a flow run's worktree and experiment are called: its name, made safe, and the start of its id."""
+    return re.sub(r"[^a-z0-9-]", "-", f"{name}-{identifier[:6]}".lower())
 
 
 def flat_overrides(
@@ -184,13 +189,13 @@ def _run(
     return outcome
 
 
-def _save(workspace: Path, name: str) -> str:
+def _save(workspace: Path, name: str) -> bool:
     try:
         call_dvc(workspace, "save_experiment", "save", name)
     except StillhouseError as error:
         console.print(f"[yellow]the run is not saved as an experiment: {escape(str(error))}[/]")
-        return ""
-    return name
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from stillhouse.errors import StillhouseError
+from tasks.git import commit_of, git
 from tasks.plan import Stage, read_plan
 from tasks.stage import DVC_YAML, PIPELINE, cache_folder
 
@@ -57,8 +58,77 @@ def hold(checkout: Path) -> Iterator[None]:
         yield
 
 
-def make_worktree(checkout: Path, name: str, revision: str) -> Path:
-    """A worktree at ``revision`` (empty: HEAD plus what is not committed yet), with the checkout's DVC cache.
+def run_in_progress(workspace: Path) -> bool:
+    """Whether somebody holds ``workspace``."""
+    with contextlib.suppress(FileNotFoundError), open(workspace / PRIVATE / "run.lock") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+@contextlib.contextmanager
+def cache_in_use(checkout: Path, exclusive: bool = False) -> Iterator[bool]:
+    """Say that a run needs what lies in the cache, or, exclusively, that things are taken out of it.
+
+    Yields:
+        Whether the lock was had: a run waits for it, who wants the cache alone does not.
+    """
+    path = checkout / PRIVATE / "cache.lock"
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+@contextlib.contextmanager
+def own_worktree(checkout: Path, name: str, revision: str) -> Iterator[Path]:
+    """A worktree for the block, held; what ends the block with a StillhouseError has left nothing worth keeping in it.
+
+    Raises:
+        StillhouseError: no worktree could be made.
+    """
+    with cache_in_use(checkout):
+        path = make_worktree(checkout, name, revision)
+        with hold(path):
+            try:
+                yield path
+            except StillhouseError:
+                remove_worktree(checkout, path)
+                raise
+
+
+@contextlib.contextmanager
+def in_checkout(checkout: Path) -> Iterator[Path]:
+    """The checkout itself for the block, held.
+
+    Raises:
+        StillhouseError: another run is in progress there.
+    """
+    with hold(checkout), cache_in_use(checkout):
+        yield checkout
+
+
+def worktrees(checkout: Path) -> list[Path]:
+    """The worktrees of runs, the newest first."""
+
+    def made(path: Path) -> tuple[float, str]:
+        mark = path / ".git"  # written when the worktree was made, and never again
+        return (mark if mark.exists() else path).stat().st_mtime, path.name
+
+    found = [path for path in (checkout / PRIVATE / "worktrees").glob("*") if path.is_dir()]
+    return sorted(found, key=made, reverse=True)
+
+
+def make_worktree(checkout: Path, name: str, revision: str, *, share_cache: bool = True) -> Path:
+    """A worktree at ``revision`` (empty: HEAD plus what is not committed yet).
+
+    It has the checkout's DVC cache, and with it the saved states of stages, or an empty one of its own.
 
     Raises:
         StillhouseError: not a git repository, or no such revision.
@@ -69,7 +139,8 @@ def make_worktree(checkout: Path, name: str, revision: str) -> Path:
     git(checkout, "worktree", "add", "--quiet", "--detach", str(path), revision or "HEAD")
     if not revision:
         _copy_uncommitted(checkout, path)
-    (path / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {cache_folder(checkout)}\n")
+    cache = cache_folder(checkout) if share_cache else path / ".dvc" / "cache"
+    (path / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {cache}\n")
     return path
 
 
@@ -89,32 +160,6 @@ def _copy_uncommitted(checkout: Path, worktree: Path) -> None:
             shutil.copy2(source, target, follow_symlinks=False)
         elif not source.exists():
             target.unlink(missing_ok=True)
-
-
-def git(folder: Path, *arguments: str) -> str:
-    """What ``git`` prints.
-
-    Raises:
-        StillhouseError: git is missing, or refuses.
-    """
-    try:
-        result = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        raise StillhouseError("git is not installed, and a run of its own needs a git worktree") from None
-    if result.returncode:
-        lines = result.stderr.strip().splitlines() or ["no reason given"]
-        raise StillhouseError(f"git {arguments[0]}: {lines[-1]}")
-    return result.stdout
-
-
-def commit_of(folder: Path) -> str:
-    """The commit checked out there, ``-dirty`` where the folder differs from it; empty outside git."""
-    with contextlib.suppress(StillhouseError):
-        commit = git(folder, "rev-parse", "--short=12", "HEAD").strip()
-        return commit + (
-            "-dirty" if git(folder, "status", "--porcelain", "--untracked-files=no").strip() else ""
-        )
-    return ""
 
 
 # Plans made while the private server started, by their arguments, with the files that they left.

@@ -117,21 +117,27 @@ def hold_scratch(key: str) -> Iterator[Path]:
     """The scratch folder of the stage with these inputs, locked against any other run; waits for its turn."""
     root = scratch_root()
     root.mkdir(parents=True, exist_ok=True)
-    with open(root / f"{key}.lock", "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(
-                "waiting: another run works on the same stage with the same inputs",
-                file=sys.stderr,
-                flush=True,
-            )
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield root / key
+    path = root / f"{key}.lock"
+    while True:
+        with open(path, "a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(
+                    "waiting: another run works on the same stage with the same inputs",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            # Pruned in between, the file is another one by now, which somebody else may hold.
+            if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
+                continue
+            yield root / key
+            return
 
 
 def clear_scratch(folder: Path) -> None:
-    """Forget the saved state. The empty lock file stays: removing it could give two runs a lock each."""
+    """Forget the saved state. The empty lock file stays, until it is pruned."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
