@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
-import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from flows.display import console
-from flows.workspace import commit_of
+from tasks.git import commit_of
+from tasks.machine import processor
 
 RESULTS = Path("data/evaluation/results.json")
 REPORT = Path("data/evaluation/report.html")
@@ -104,15 +104,6 @@ def run_facts(workspace: Path) -> str:
     """What stands with the run and in no out, which must not change with it: commit, time and processor."""
     now = time.strftime("%Y-%m-%d %H:%M:%S %z")
     return f"commit {commit_of(workspace) or 'unknown'}, {now}, {processor()}"
-
-
-def processor() -> str:
-    """The kind of this machine's processor: floating-point results may differ between kinds."""
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
-        return f"{name} ({platform.machine()})"
-    return f"{platform.processor() or 'processor'} ({platform.machine()})"
 
 
 def publish(workspace: Path) -> None:

@@ -1,4 +1,4 @@
-"""The only module that knows DVC: run one stage with DVC's own engine, ask what is stale, save an experiment.
+"""The only module that knows DVC: run one stage with DVC's own engine, ask what is stale, save an experiment, move data.
 
 Each command is a process of its own in the workspace's root, because DVC's engine is neither thread-safe nor free of the
 current folder. Answers are written as JSON to the file named by ``--answer``.
@@ -7,6 +7,7 @@ current folder. Answers are written as JSON to the file named by ``--answer``.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import dvc.dvcfile
+from dvc.config import NoRemoteError
 from dvc.exceptions import DvcException, ReproductionError
 from dvc.lock import LockError
 from dvc.repo import Repo
@@ -26,9 +28,13 @@ from dvc.stage.exceptions import StageCmdFailedError
 
 from stillhouse.errors import StillhouseError
 from stillhouse.files import write_json
+from tasks.machine import MACHINES, record
+from tasks.recorded import read_recorded
 from tasks.stage import (
+    DVC_YAML,
     MARKER_FILE,
     SCRATCH_HELD,
+    cache_folder,
     clear_scratch,
     hold_scratch,
     inputs_key,
@@ -135,6 +141,9 @@ def run(name: str, force: bool) -> dict[str, Any]:
         with hold_scratch(inputs_key(stage_entry(name))) as scratch:
             _reproduce(repo, name, marker, force=force)
             clear_scratch(scratch)
+        if marker.exists():
+            with repo.lock:
+                record(read_recorded(Path())[name], set(read_yaml(DVC_YAML)["stages"]))
         return {"executed": marker.exists()}
 
 
@@ -150,6 +159,42 @@ def begin(names: list[str]) -> dict[str, Any]:
     return {"stale": sorted(set(names) & {str(stage) for stage in stale})}
 
 
+def fetch(targets: list[str], revision: str) -> dict[str, Any]:
+    """Bring outs from a remote into the cache: those of a revision, or of the checkout; ``reason`` says why not all came."""
+    repo = _open()
+    try:
+        revisions: dict[str, Any] = {"revs": [revision], "workspace": False} if revision else {}
+        return {"fetched": repo.fetch(targets=targets, **revisions), "reason": ""}
+    except NoRemoteError:
+        return {"fetched": 0, "reason": "no remote is configured"}
+    except (DvcException, OSError) as error:
+        return {"fetched": 0, "reason": _one_line(error)}
+
+
+def check_out(targets: list[str], into: Path | None) -> dict[str, Any]:
+    """Put outs from the cache into the checkout, or into a worktree that has a cache of its own.
+
+    Where a file is not in the cache DVC removes the whole out that it belongs to: make sure before.
+    """
+    shared = {"cache": {"dir": str(cache_folder())}}
+    if into:
+        os.chdir(into)
+    repo = Repo(".", _wait_for_lock=True, config=shared)
+    # Not forced in the checkout: a file that nobody has recorded stays, and is named.
+    return {"checked_out": repo.checkout(targets, force=into is not None)["stats"]}
+
+
+def put(source: Path) -> dict[str, Any]:
+    """Add files to the cache: ``source`` lists each one's path and its hash, which must be right.
+
+    `dvc commit` would also write ``dvc.lock``, with inputs as they are now, which are not always those of then.
+    """
+    files: list[tuple[str, str]] = json.loads(source.read_text())
+    cache = _open().cache.local
+    cache.add([path for path, _ in files], cache.fs, [md5 for _, md5 in files])
+    return {"put": len(files)}
+
+
 def save(name: str) -> dict[str, Any]:
     """Save the workspace as a DVC experiment.
 
@@ -162,7 +207,10 @@ def save(name: str) -> dict[str, Any]:
             for role in ("AUTHOR", "COMMITTER"):
                 os.environ.setdefault(f"GIT_{role}_{key.upper()}", value)
     try:
-        return {"experiment": name, "commit": _open().experiments.save(name=name, force=True)}
+        # Whether git has it yet or not, who made what goes with the experiment.
+        new = [str(MACHINES)] if MACHINES.exists() else []
+        commit = _open().experiments.save(name=name, force=True, include_untracked=new)
+        return {"experiment": name, "commit": commit}
     except Exception as error:  # the git libraries under DVC have errors of their own
         raise StillhouseError(f"the run could not be saved as an experiment: {_one_line(error)}") from error
 
@@ -177,6 +225,13 @@ def main() -> None:
     one.add_argument("--force", action="store_true")
     commands.add_parser("begin").add_argument("names", nargs="+")
     commands.add_parser("save").add_argument("name")
+    bring = commands.add_parser("fetch")
+    bring.add_argument("--revision", default="")
+    bring.add_argument("targets", nargs="+")
+    place = commands.add_parser("checkout")
+    place.add_argument("--into", type=Path)
+    place.add_argument("targets", nargs="+")
+    commands.add_parser("put").add_argument("source", type=Path)
     arguments = parser.parse_args()
     _keep_before_each_write()
     try:
@@ -184,6 +239,12 @@ def main() -> None:
             answer = run(arguments.name, arguments.force)
         elif arguments.command == "begin":
             answer = begin(arguments.names)
+        elif arguments.command == "fetch":
+            answer = fetch(arguments.targets, arguments.revision)
+        elif arguments.command == "checkout":
+            answer = check_out(arguments.targets, arguments.into)
+        elif arguments.command == "put":
+            answer = put(arguments.source)
         else:
             answer = save(arguments.name)
         write_json(arguments.answer, answer)
