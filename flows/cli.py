@@ -246,7 +246,9 @@ def _run_flow(arguments: argparse.Namespace) -> int:
     from prefect.exceptions import ParameterTypeError
 
     from flows.distillation import distillation
+    from flows.workspace import in_place
 
+    in_place.set(_in_place(arguments))
     parameters: dict[str, Any] = {
         "suite": arguments.suite,
         "seeds": arguments.seeds,
@@ -261,7 +263,6 @@ def _run_flow(arguments: argparse.Namespace) -> int:
         "downstream": arguments.downstream_,
         "force": arguments.force_,
         "workers": arguments.workers,
-        "in_place": _in_place(arguments),
         "revision": arguments.revision,
     }
     try:

@@ -5,7 +5,6 @@ Prefect reads them to check parameters and to draw its form.
 """
 
 import re
-import time
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,18 +19,16 @@ from rich.markup import escape
 from flows.display import console
 from flows.graph import Outcome, run_graph
 from flows.results import publish, run_facts, show
-from flows.workspace import find_checkout, in_checkout, own_worktree, plan
+from flows.workspace import find_checkout, in_checkout, in_place, own_worktree, plan
 from stillhouse.errors import StillhouseError
 from tasks.run_stage import call_dvc
 
-Words = Annotated[
-    list[Annotated[str, Field(max_length=200)]],
-    Field(max_length=100, description="stages (* allowed), families (train_teacher, ...) or environments"),
-]
+Words = Annotated[list[Annotated[str, Field(max_length=200)]], Field(max_length=100)]
+Revision = Annotated[str, Field(pattern=r"^[A-Za-z0-9_./~^-]*$", max_length=200)]
 
 
 class Loss(StrEnum):
-    """The student's loss."""
+    """The students' loss."""
 
     suite = "suite"
     kl = "kl"
@@ -49,17 +46,16 @@ class Device(StrEnum):
 
 
 def run_name() -> str:
-    """A name that says what was asked for, ``smoke-nll-5-seeds-1121-1747``, unless the user gave one."""
+    """What was asked for, before the name that the user gave or Prefect made up: ``smoke-nll-5-seeds crimson-owl``."""
     given = str(flow_run.name or "")
-    if given and not re.fullmatch(r"[a-z]+-[a-z]+", given):  # Prefect makes up two words
-        return given
     asked: dict[str, Any] = flow_run.parameters
     parts = [str(asked.get("suite", ""))]
     parts += [str(asked["loss"])] if asked.get("loss", "suite") != "suite" else []
     parts += [f"{asked['seeds']}-seeds"] if asked.get("seeds") else []
     parts += [f"budget-{asked['budget']:g}"] if asked.get("budget", 1.0) != 1.0 else []
     parts += ["set"] if asked.get("set") else []
-    return "-".join([*parts, time.strftime("%m%d-%H%M%S")])
+    text = "-".join(parts)
+    return given if given.startswith(text) else f"{text} {given}"
 
 
 @flow(
@@ -69,83 +65,67 @@ def run_name() -> str:
     persist_result=False,
 )
 def distillation(
-    suite: Annotated[
-        str,
-        Field(
-            pattern=r"^[a-z0-9][a-z0-9-]*$",
-            max_length=64,
-            description="a file of params/suites/, without .yaml",
-        ),
-    ] = "quickstart",
-    seeds: Annotated[
-        int, Field(ge=0, le=100, description="number of seeds, counted from 0; 0: the suite's own")
-    ] = 0,
-    budget: Annotated[
-        float, Field(gt=0, le=1000, description="factor on every env-step and update budget")
-    ] = 1.0,
-    loss: Annotated[Loss, Field(description="the students' loss")] = Loss.suite,
-    temperature: Annotated[
-        float,
-        Field(ge=0, le=1000, description="divides the teacher's outputs in the kl loss; 0: the suite's own"),
-    ] = 0.0,
-    student_share: Annotated[
-        float,
-        Field(
-            ge=0,
-            le=1,
-            description="student's parameters at most this share of its teachers'; 0: the suite's own",
-        ),
-    ] = 0.0,
-    device: Annotated[Device, Field(description="what computes")] = Device.suite,
-    set: Annotated[
-        list[Annotated[str, Field(max_length=1000)]],
-        Field(max_length=200, description="anything else, as key=value: train_teacher.cartpole.gamma=0.98"),
-    ] = [],  # noqa: B006 - Prefect's form wants a plain default; it is not changed
+    suite: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=64)] = "quickstart",
+    seeds: Annotated[int, Field(ge=0, le=100)] = 0,
+    budget: Annotated[float, Field(gt=0, le=1000)] = 1.0,
+    loss: Loss = Loss.suite,
+    temperature: Annotated[float, Field(ge=0, le=1000)] = 0.0,
+    student_share: Annotated[float, Field(ge=0, le=1)] = 0.0,
+    device: Device = Device.suite,
+    set: Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=200)] = [],  # noqa: B006 - Prefect's form wants a plain default; it is not changed
     only: Words = [],  # noqa: B006
     from_: Words = [],  # noqa: B006
     downstream: Words = [],  # noqa: B006
     force: Words = [],  # noqa: B006
-    workers: Annotated[int, Field(ge=0, le=256, description="stages at a time; 0: as many as cores")] = 0,
-    in_place: Annotated[
-        bool, Field(description="run in the checkout itself, not in a worktree of its own")
-    ] = False,
-    revision: Annotated[
-        str,
-        Field(
-            pattern=r"^[A-Za-z0-9_./~^-]*$",
-            max_length=200,
-            description="git revision; empty: the checkout as it is",
-        ),
-    ] = "",
+    workers: Annotated[int, Field(ge=0, le=256)] = 0,
+    revision: Revision = "",
 ) -> Any:
     """Train teachers, distil them into students, move those to new environments, judge and report.
 
     A run has a git worktree of its own under ``.stillhouse/worktrees/``, and is saved as a DVC experiment named after it. Only
-    the command line runs in the checkout itself: the committed quickstart, or anything that it is told to.
+    the command line runs in the checkout itself (``flows.workspace.in_place``): the committed quickstart, or what it is told to.
+
+    Args:
+        suite: A file of params/suites/, without .yaml.
+        seeds: Number of seeds, counted from 0. With 0: the suite's own.
+        budget: Factor on every budget of env steps and updates.
+        loss: The students' loss.
+        temperature: Divides the teachers' outputs in the KL loss. With 0: the suite's own.
+        student_share: A student's parameters, at most so large a share of its teachers' together. With 0: the suite's own.
+        device: What computes.
+        set: Any other parameter, as key=value, for example train_teacher.cartpole.gamma=0.98
+        only: Run only these: stages (* allowed), families (train_teacher, ...) or environments.
+        from_: Run these and all that depends on them.
+        downstream: Run all that depends on these, without them.
+        force: Run these even where they are up to date.
+        workers: Stages at a time. With 0: as many as there are cores.
+        revision: Git revision to run. Empty: the checkout as it is, edits included.
     """
     overrides = [*flat_overrides(seeds, budget, loss.value, temperature, student_share, device.value), *set]
     try:
         if revision.startswith("-"):
             raise StillhouseError(f"revision: {revision!r} is not a git revision")
         checkout = find_checkout(Path.cwd())
-        if in_place and (revision or flow_run.deployment_id):
-            what = "a run at a revision" if revision else "a run that was triggered"
-            raise StillhouseError(f"in_place: {what} has a worktree of its own; leave in_place out")
+        here = in_place.get()
+        if here and revision:
+            raise StillhouseError(
+                "in place: a revision is run in a worktree of its own; leave one of the two out"
+            )
         selection = {"only": only, "from_": from_, "downstream": downstream, "force": force}
         experiment = run_id(str(flow_run.name), str(flow_run.id))
-        with in_checkout(checkout) if in_place else own_worktree(checkout, experiment, revision) as workspace:
+        with in_checkout(checkout) if here else own_worktree(checkout, experiment, revision) as workspace:
             name = workspace.relative_to(checkout)
-            if not in_place:
+            if not here:
                 console.print(f"workspace {name}")
             outcome = _run(workspace, checkout, suite, overrides, selection, workers)
-            saved = not in_place and not outcome.failed and _save(workspace, experiment)
+            saved = not here and not outcome.failed and _save(workspace, experiment)
     except StillhouseError as error:
         return Failed(name="Rejected", message=str(error))  # nothing ran: what was asked for cannot be done
     text = outcome.text() + (f"; saved as experiment {experiment}" if saved else "")
     console.print(text)
     if outcome.failed:
         reasons = "; ".join(f"{stage}: {reason}" for stage, reason in outcome.failed.items())
-        kept = "" if in_place else f" (what it left is in {name} until `stillhouse prune`)"
+        kept = "" if here else f" (what it left is in {name} until `stillhouse prune`)"
         return Failed(message=reasons + kept)
     return Completed(message=text)
 

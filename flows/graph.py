@@ -149,7 +149,7 @@ def run_graph(
     finished: queue.Queue[str] = queue.Queue()
     outcome = Outcome()
 
-    with Display(len(chosen)) as display, _ended_in_order(running):
+    with Display(len(chosen)) as display, ended_in_order(running):
 
         def submit(name: str, fresh: bool) -> None:
             display.start(name, fresh)
@@ -194,7 +194,7 @@ def run_graph(
 
 
 @contextlib.contextmanager
-def _ended_in_order(running: dict[str, PrefectFuture[Any]]) -> Any:
+def ended_in_order(running: dict[str, PrefectFuture[Any]]) -> Any:
     """When the block ends early (Ctrl-C, a cancelled run), stop every stage and wait until it is gone."""
     try:
         yield

@@ -222,6 +222,7 @@ class Keeper:
         self._environment = {
             **environment_of(self._folder, f"{self._ui}/api"),
             # The flows are those of this checkout, wherever another may be installed.
+            "PWD": str(checkout),  # prefect.yaml asks for it; a child's own folder does not change it
             "PYTHONPATH": os.pathsep.join(filter(None, [str(checkout), os.environ.get("PYTHONPATH", "")])),
         }
         self._stopping = False

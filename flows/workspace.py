@@ -10,14 +10,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 
 from stillhouse.errors import StillhouseError
-from tasks.git import commit_of, git
+from tasks.git import git
 from tasks.plan import Stage, read_plan
 from tasks.stage import DVC_YAML, PIPELINE, cache_folder
 
 PRIVATE = Path(".stillhouse")
+
+# Whether a run happens in the checkout itself. It is for whoever calls a flow here, and no parameter of the flow: whoever
+# triggers one from elsewhere has no business in the checkout.
+in_place: ContextVar[bool] = ContextVar("in_place", default=False)
 
 
 def find_checkout(start: Path) -> Path:
@@ -87,14 +92,14 @@ def cache_in_use(checkout: Path, exclusive: bool = False) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def own_worktree(checkout: Path, name: str, revision: str) -> Iterator[Path]:
+def own_worktree(checkout: Path, name: str, revision: str, *, share_cache: bool = True) -> Iterator[Path]:
     """A worktree for the block, held; what ends the block with a StillhouseError has left nothing worth keeping in it.
 
     Raises:
         StillhouseError: no worktree could be made.
     """
     with cache_in_use(checkout):
-        path = make_worktree(checkout, name, revision)
+        path = make_worktree(checkout, name, revision, share_cache=share_cache)
         with hold(path):
             try:
                 yield path

@@ -30,6 +30,7 @@ from stillhouse.types import environment_spec
 from tasks.stage import PIPELINE, read_yaml
 
 SUITES = Path("params/suites")
+MODULES = Path("params/modules.txt")  # installed modules that environments may name, one a line
 NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 
@@ -340,13 +341,28 @@ def _scaled(data: dict[str, Any], budget: float) -> dict[str, Any]:
     return data
 
 
+def _check_module(name: str, module: str) -> None:
+    """A module that a parameter names is imported, and parameters may come from anyone who can trigger a run: it must lie in
+    the project, or be named in a file of the project.
+    """
+    allowed = MODULES.read_text().split() if MODULES.is_file() else []
+    path = Path(*module.split("."))
+    if module and module not in allowed and not (path.with_suffix(".py").is_file() or path.is_dir()):
+        raise StillhouseError(
+            f"environments.{name}.module: {module!r} is allowed if it lies in this folder ({path.with_suffix('.py')}), or is "
+            f"named in {MODULES}, where it is installed"
+        )
+
+
 def check_environments(params: Params) -> None:
     """Make each environment once, before any work.
 
     Raises:
-        StillhouseError: unknown id, a module that does not import, unsupported spaces, or a transfer to other spaces
+        StillhouseError: unknown id, a module that is not allowed or does not import, unsupported spaces, or a transfer to other spaces
             where a source with the same spaces is claimed.
     """
+    for name, config in params.environments.items():
+        _check_module(name, config.module)
     specs = {
         name: environment_spec(*describe(params.environments[name]), name)
         for name in sorted({*params.train_teacher, *params.fine_tune})

@@ -15,55 +15,17 @@ import time
 from pathlib import Path
 
 import pytest
-from toy_pipeline import with_path
+from clones import environment, make_clone, stillhouse
 
 from flows.results import processor
 from flows.workspace import hold
 from tasks.plan import Stage, read_plan
 
-ROOT = Path(__file__).parents[2]
-
-
-def stillhouse(clone: Path, *arguments: str, code: int = 0, **variables: str) -> str:
-    """Run the clone's own `stillhouse` and return what it printed."""
-    argv = [sys.executable, "-m", "flows.cli", *arguments]
-    result = subprocess.run(
-        argv, cwd=clone, env={**environment(), **variables}, capture_output=True, text=True, timeout=600
-    )
-    assert result.returncode == code, result.stdout + result.stderr
-    assert "Traceback" not in result.stdout + result.stderr
-    return result.stdout + result.stderr
-
-
-def environment() -> dict[str, str]:
-    names = {"PREFECT_API_URL", "PREFECT_TEST_MODE"}
-    return {name: value for name, value in with_path().items() if name not in names}
-
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """This checkout as it stands, edits included, in a repository of its own, planned for the smoke suite."""
-    path = tmp_path_factory.mktemp("smoke") / "clone"
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    for name in filter(None, listed.stdout.split("\0")):
-        if (ROOT / name).is_file():
-            (path / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, path / name)
-    git = ["git", "-c", "user.name=test", "-c", "user.email=test@example.org"]
-    subprocess.run(["git", "init", "--quiet"], cwd=path, check=True)
-    subprocess.run(["git", "config", "user.name", "test"], cwd=path, check=True)
-    subprocess.run(["git", "config", "user.email", "test@example.org"], cwd=path, check=True)
-    stillhouse(path, "plan", "smoke", "--overwrite")
-    (path / "dvc.lock").unlink(missing_ok=True)
-    subprocess.run(["git", "add", "--all"], cwd=path, check=True)
-    subprocess.run([*git, "commit", "--quiet", "--message", "clone"], cwd=path, check=True)
-    return path
+    """This checkout, planned for the smoke suite."""
+    return make_clone(tmp_path_factory.mktemp("smoke") / "clone", "smoke")
 
 
 @pytest.fixture

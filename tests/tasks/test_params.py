@@ -153,6 +153,7 @@ def test_names_are_slugs(name):
         ("environments.cartpole.id=Blackjack-v1", ["cartpole", "Tuple"]),
         ("environments.cartpole.module=broken_module", ["broken_module", "ZeroDivisionError"]),
         ("environments.cartpole.module=no_such_module", ["no_such_module"]),
+        ("environments.cartpole.module=os", ["environments.cartpole.module", "params/modules.txt"]),
         ("environments.cartpole.options={gravity: 3}", ["CartPole-v1", "gravity"]),
         ("fine_tune.cartpole-long.source=breakout", ["cartpole-long", "breakout", "other observations"]),
     ],
