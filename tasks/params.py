@@ -137,6 +137,7 @@ class Params(Config):
     fine_tune: dict[Name, TransferParams] = Field(default_factory=dict)
     evaluate: EvaluationConfig = EvaluationConfig()
     report: ReportParams = ReportParams()
+    publish_results: bool = Field(default=False, description="draw docs/results/ from the committed studies too")
 
     @model_validator(mode="after")
     def _names_exist(self) -> Params:

@@ -278,18 +278,19 @@ def stages_of(params: Params) -> list[Stage]:
             cost=5.0,
         )
     )
-    studies = sorted(map(str, STUDIES.glob("*.json")))
-    measured = [str(path) for name in MEASURED if (path := STUDIES.parent / f"{name}.md").is_file()]
-    curves = ["docs/results/online-distillation.svg"] if str(STUDIES / "online.json") in studies else []
-    stages.append(
-        Stage(
-            name="publish_results",
-            argv=python("publish_results"),
-            deps=[code("publish_results"), *studies, *measured],
-            in_git=["docs/results/policy-distillation.md", *curves],
-            cost=3.0,
+    if params.publish_results:
+        studies = sorted(map(str, STUDIES.glob("*.json")))
+        measured = [str(path) for name in MEASURED if (path := STUDIES.parent / f"{name}.md").is_file()]
+        curves = ["docs/results/online-distillation.svg"] if str(STUDIES / "online.json") in studies else []
+        stages.append(
+            Stage(
+                name="publish_results",
+                argv=python("publish_results"),
+                deps=[code("publish_results"), *studies, *measured],
+                in_git=["docs/results/policy-distillation.md", *curves],
+                cost=3.0,
+            )
         )
-    )
     digests = sorted({dep for stage in stages for dep in stage.deps if dep.startswith(f"{CODE}/")})
     digest_code = Stage(
         name="digest_code",
