@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -22,6 +23,9 @@ EXAMPLES = """examples:
   stillhouse plan quickstart                write params/pipeline.yaml and dvc.yaml
   stillhouse play data/students/small-s0 --environment cartpole --output cartpole.gif
   stillhouse evaluate data/teachers/cartpole-s0 --episodes 200
+  stillhouse lineage data/students/small-s0 where it comes from, back to the first env step
+  stillhouse verify                         hash again all that is recorded; --repair mends what is broken
+  stillhouse reproduce evaluate             run recorded stages again: the same bytes?
   stillhouse report                         where the report lies; --open shows it
   stillhouse up                             the Prefect UI with every deployment, until `stillhouse down`
 """
@@ -171,16 +175,58 @@ def _parser() -> argparse.ArgumentParser:
     command("down", _down, "stop what `stillhouse up` has started, runs in progress with it")
     command("status", _status, "what runs: server, workers, deployments, the latest runs")
 
+    lineage = command("lineage", _lineage, "where a file comes from, back to the first env step")
+    lineage.add_argument(
+        "path",
+        type=Path,
+        help="what the pipeline made, for example data/students/small-s0/weights.safetensors",
+    )
+    lineage.add_argument("--json", action="store_true", help="everything, as JSON")
+    verify = command(
+        "verify", _verify, "hash again what dvc.lock records, in the workspace and in DVC's cache"
+    )
+    verify.add_argument(
+        "--repair", action="store_true", help="put back what is damaged or missing; no sound file is touched"
+    )
+    reproduce = command("reproduce", _reproduce, "run a recorded stage again, and compare it file by file")
+    reproduce.add_argument("stage", metavar="STAGE", help="a stage (* allowed), or a family (train_teacher)")
+    reproduce.add_argument("--downstream", action="store_true", help="also all that depends on it")
+    reproduce.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="stages at a time (default: as many as cores)"
+    )
+    for sub, default in ((lineage, "the checkout"), (verify, "the checkout"), (reproduce, "HEAD")):
+        sub.add_argument(
+            "--rev",
+            default="",
+            metavar="REV",
+            help=f"git revision, or DVC experiment, whose dvc.lock counts (default: {default})",
+        )
+
     report = command("report", _report, "where the latest report lies")
     report.add_argument("--open", action="store_true", help="show it in the browser")
     return parser
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from flows.server import PrivateServer, spare_loopback_the_proxy
     from flows.workspace import find_checkout, hold, plan, plan_ahead
 
     checkout = find_checkout(Path.cwd())
+
+    def check() -> None:
+        overrides = _overrides(arguments)
+        if _in_place(arguments) and not arguments.revision:
+            with hold(checkout):
+                plan_ahead(checkout, arguments.suite, overrides, "--in-place-run")
+        elif not arguments.revision:
+            plan(checkout, arguments.suite, overrides, "--dry-run")
+
+    return _with_prefect(checkout, lambda: _run_flow(arguments), check)
+
+
+def _with_prefect(checkout: Path, start: Callable[[], int], check: Callable[[], object]) -> int:
+    """Start a flow in ``checkout`` with the configured Prefect server, else with a private one for its duration."""
+    from flows.server import PrivateServer, spare_loopback_the_proxy
+
     os.chdir(checkout)
     spare_loopback_the_proxy()
     os.environ.setdefault("DO_NOT_TRACK", "1")
@@ -194,18 +240,12 @@ def _run(arguments: argparse.Namespace) -> int:
     if url := PREFECT_API_URL.value() or api_url(checkout):
         with temporary_settings({PREFECT_API_URL: url}):
             _check_server(url)
-            return _run_flow(arguments)
+            return start()
     with PrivateServer(checkout) as server:
-        # A mistake in the parameters shows while the server starts, and before anything is done.
-        overrides = _overrides(arguments)
-        if _in_place(arguments) and not arguments.revision:
-            with hold(checkout):
-                plan_ahead(checkout, arguments.suite, overrides, "--in-place-run")
-        elif not arguments.revision:
-            plan(checkout, arguments.suite, overrides, "--dry-run")
+        check()  # a mistake in the parameters shows while the server starts, and before anything is done
         with temporary_settings({PREFECT_API_URL: server.url()}):
             try:
-                return _run_flow(arguments)
+                return start()
             finally:
                 APILogHandler().flush()  # while there is a server to send them to
 
@@ -242,9 +282,6 @@ def _check_server(url: str) -> None:
 
 
 def _run_flow(arguments: argparse.Namespace) -> int:
-    from prefect.client.schemas.objects import State
-    from prefect.exceptions import ParameterTypeError
-
     from flows.distillation import distillation
     from flows.workspace import in_place
 
@@ -265,11 +302,19 @@ def _run_flow(arguments: argparse.Namespace) -> int:
         "workers": arguments.workers,
         "revision": arguments.revision,
     }
+    return _finish(distillation, parameters)
+
+
+def _finish(flow: Any, parameters: dict[str, Any]) -> int:
+    """Check the parameters, run the flow, and turn its end into an exit code."""
+    from prefect.client.schemas.objects import State
+    from prefect.exceptions import ParameterTypeError
+
     try:
-        distillation.validate_parameters(parameters)
+        flow.validate_parameters(parameters)
     except ParameterTypeError as error:
         raise StillhouseError(_first_problem(str(error))) from None
-    state: State[Any] = distillation(**parameters, return_state=True)  # type: ignore[assignment]
+    state: State[Any] = flow(**parameters, return_state=True)
     if state.is_completed():
         return 0
     print(f"error: {' '.join((state.message or state.name or 'the run failed').split())}", file=sys.stderr)
@@ -332,6 +377,64 @@ def _status(arguments: argparse.Namespace) -> int:
 
     print("\n".join(overview(find_checkout(Path.cwd()))))
     return 0
+
+
+def _lineage(arguments: argparse.Namespace) -> int:
+    from flows.workspace import find_checkout
+    from tasks.git import resolve
+    from tasks.lineage import lines, trace
+
+    path = Path(os.path.abspath(arguments.path))
+    path = path.parent.resolve() / path.name  # the last part may be a link into the cache
+    checkout = find_checkout(path.parent)
+    commit = resolve(checkout, arguments.rev) if arguments.rev else ""
+    found = trace(checkout, path.relative_to(checkout).as_posix(), commit)
+    print(json.dumps(found, indent=1) if arguments.json else "\n".join(lines(found)))
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from flows.verification import repair, verify
+    from flows.workspace import find_checkout, in_checkout
+    from tasks.git import resolve
+
+    checkout = find_checkout(Path.cwd())
+    commit = resolve(checkout, arguments.rev) if arguments.rev else ""
+    # A run in the checkout replaces files; at a revision only the cache is looked at.
+    with contextlib.nullcontext() if commit else in_checkout(checkout):
+        checked, size = verify(checkout, commit)
+        broken = [file for file in checked if not file.sound]
+        for file in broken:
+            print(file, flush=True)
+        if broken and arguments.repair:
+            for line in repair(checkout, commit, checked):
+                print(line, flush=True)
+            checked, size = verify(checkout, commit)
+            broken = [file for file in checked if not file.sound]
+            for file in broken:
+                print(f"still {file}")
+    outs = len({file.out.path for file in checked})
+    where = f"in the cache, of {commit[:12]}" if commit else "in the workspace and the cache"
+    print(f"{outs} outs, {len(checked)} files, {size / 1e6:,.1f} MB {where}: ", end="")
+    print(f"{len(broken)} damaged or missing" if broken else "sound")
+    return 1 if broken else 0
+
+
+def _reproduce(arguments: argparse.Namespace) -> int:
+    from flows.workspace import find_checkout
+
+    def start() -> int:
+        from flows.reproduction import reproduction
+
+        parameters = {
+            "stage": arguments.stage,
+            "revision": arguments.rev or "HEAD",
+            "downstream": arguments.downstream,
+            "workers": arguments.workers,
+        }
+        return _finish(reproduction, parameters)
+
+    return _with_prefect(find_checkout(Path.cwd()), start, lambda: None)
 
 
 def _subject(arguments: argparse.Namespace) -> tuple[Any, Any, str]:

@@ -7,6 +7,7 @@ current folder. Answers are written as JSON to the file named by ``--answer``.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import shutil
@@ -20,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import dvc.dvcfile
-from dvc.config import NoRemoteError
 from dvc.exceptions import DvcException, ReproductionError
 from dvc.lock import LockError
 from dvc.repo import Repo
@@ -39,6 +39,7 @@ from tasks.stage import (
     hold_scratch,
     inputs_key,
     read_yaml,
+    scratch_root,
     stage_entry,
 )
 
@@ -162,13 +163,14 @@ def begin(names: list[str]) -> dict[str, Any]:
 def fetch(targets: list[str], revision: str) -> dict[str, Any]:
     """Bring outs from a remote into the cache: those of a revision, or of the checkout; ``reason`` says why not all came."""
     repo = _open()
+    if not repo.config["core"].get("remote"):
+        return {"reason": "no default remote is configured"}
+    revisions: dict[str, Any] = {"revs": [revision], "workspace": False} if revision else {}
     try:
-        revisions: dict[str, Any] = {"revs": [revision], "workspace": False} if revision else {}
-        return {"fetched": repo.fetch(targets=targets, **revisions), "reason": ""}
-    except NoRemoteError:
-        return {"fetched": 0, "reason": "no remote is configured"}
+        repo.fetch(targets=targets, **revisions)
+        return {"reason": ""}
     except (DvcException, OSError) as error:
-        return {"fetched": 0, "reason": _one_line(error)}
+        return {"reason": _one_line(error)}
 
 
 def check_out(targets: list[str], into: Path | None) -> dict[str, Any]:
@@ -209,7 +211,11 @@ def save(name: str) -> dict[str, Any]:
     try:
         # Whether git has it yet or not, who made what goes with the experiment.
         new = [str(MACHINES)] if MACHINES.exists() else []
-        commit = _open().experiments.save(name=name, force=True, include_untracked=new)
+        # On its way DVC keeps references in git that all worktrees share: one at a time.
+        scratch_root().mkdir(parents=True, exist_ok=True)
+        with open(scratch_root() / "saving", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            commit = _open().experiments.save(name=name, force=True, include_untracked=new)
         return {"experiment": name, "commit": commit}
     except Exception as error:  # the git libraries under DVC have errors of their own
         raise StillhouseError(f"the run could not be saved as an experiment: {_one_line(error)}") from error

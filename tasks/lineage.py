@@ -103,7 +103,9 @@ class _Tracer:
         if held := sorted(name for name in owners(self.recorded) if name.startswith(f"{path}/")):
             shown = ", ".join(held[:6]) + (f", ... ({len(held)} in all)" if len(held) > 6 else "")
             raise StillhouseError(f"{path}: holds what several stages made{at}; name one of {shown}")
-        raise StillhouseError(f"{path}: the pipeline has recorded nothing of this name{at}{near(path, known)}")
+        raise StillhouseError(
+            f"{path}: the pipeline has recorded nothing of this name{at}{near(path, known)}"
+        )
 
     def on_disk(self, path: str, md5: str, files: dict[str, str]) -> str:
         """Whether the file or folder is what was recorded."""
@@ -170,7 +172,10 @@ class _Tracer:
             for commit in reversed(history):
                 text = git.read(self.root, source, commit) or ""
                 # Reading a lock takes a while, searching it does not.
-                if all(md5 in text for md5 in hashes) and read_recorded(self.root, commit).get(entry.name) == entry:
+                if (
+                    all(md5 in text for md5 in hashes)
+                    and read_recorded(self.root, commit).get(entry.name) == entry
+                ):
                     said = git.git(self.root, "log", "-1", "--format=%H%n%cs%n%s", commit)
                     return dict(zip(("commit", "date", "subject"), said.splitlines(), strict=True))
         return None
@@ -225,7 +230,9 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"{found['path']}  {found['md5'][:SHORT]}  {found['on_disk']}"
     if tracked := found["tracked_by"]:
         commit = tracked["commit"]
-        since = f"since commit {commit['commit'][:SHORT]} of {commit['date']}" if commit else "not committed yet"
+        since = (
+            f"since commit {commit['commit'][:SHORT]} of {commit['date']}" if commit else "not committed yet"
+        )
         yield f"tracked by {tracked['file']}, {since}"
     if not found["made_by"]:
         yield "no stage in the history of dvc.lock has made this content"

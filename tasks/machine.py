@@ -71,5 +71,9 @@ def _at_commit(root: Path, commit: str) -> dict[str, dict[str, Any]]:
 def _parse(text: str | None) -> dict[str, dict[str, Any]]:
     with contextlib.suppress(ValueError):
         rows = json.loads(text or "{}")
-        return {name: row for name, row in rows.items() if isinstance(row, dict)} if isinstance(rows, dict) else {}
+        return (
+            {name: row for name, row in rows.items() if isinstance(row, dict)}
+            if isinstance(rows, dict)
+            else {}
+        )
     return {}

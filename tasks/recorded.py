@@ -70,7 +70,9 @@ def _read(root: Path, commit: str) -> dict[str, Entry]:
     at = f" at {commit[:12]}" if commit else ""
     text = git.read(root, LOCK, commit)
     if text is None:
-        raise StillhouseError(f"{LOCK}: there is none{at}, so nothing is recorded; `stillhouse run` records what it makes")
+        raise StillhouseError(
+            f"{LOCK}: there is none{at}, so nothing is recorded; `stillhouse run` records what it makes"
+        )
     rows = (_yaml(git.read(root, "dvc.yaml", commit) or "", f"dvc.yaml{at}") or {}).get("stages") or {}
     in_git = {
         path
@@ -90,7 +92,9 @@ def _read(root: Path, commit: str) -> dict[str, Entry]:
             row = _yaml(git.read(root, file, commit) or "", f"{file}{at}") or {}
             found[file] = Entry(file, "", {}, {}, _outs(row, Path(file).parent, set()))
     except (KeyError, TypeError, AttributeError) as error:
-        raise StillhouseError(f"{LOCK}{at}: not as DVC 3 writes it ({error!r}); `dvc repro` writes it anew") from None
+        raise StillhouseError(
+            f"{LOCK}{at}: not as DVC 3 writes it ({error!r}); `dvc repro` writes it anew"
+        ) from None
     return found
 
 
@@ -168,6 +172,12 @@ def recorded_files(cache: Path, out: Out) -> dict[str, str] | None:
         return {row["relpath"]: row["md5"] for row in json.loads(content)}
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def is_in(cache: Path, out: Out) -> bool:
+    """Whether the cache has an object for every file of the out."""
+    files = recorded_files(cache, out)
+    return files is not None and all(object_path(cache, md5).exists() for md5 in files.values())
 
 
 def below(path: str, name: str) -> str:

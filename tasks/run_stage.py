@@ -8,6 +8,7 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -57,11 +58,21 @@ def call_dvc(workspace: Path, log: str, *arguments: str) -> tuple[int, dict[str,
 
 
 def _run_dvc(
-    workspace: Path, name: str, arguments: list[str], on_wait: Any
+    workspace: Path, name: str, arguments: list[str], on_wait: Callable[[float], None]
 ) -> tuple[int, dict[str, Any], float]:
-    log = workspace / LOGS / f"{name}.log"
     answer = workspace / PRIVATE / "answers" / f"{name}.json"
-    for path in (log, answer, progress_file(workspace, name)):
+    answer.unlink(missing_ok=True)
+    argv = [sys.executable, "-m", "tasks.dvc_stage", "--answer", str(answer), *arguments]
+    code, seconds = supervise(workspace, name, argv, on_wait)
+    return code, json.loads(answer.read_text()) if code == 0 else {}, seconds
+
+
+def supervise(
+    workspace: Path, name: str, argv: list[str], on_wait: Callable[[float], None]
+) -> tuple[int, float]:
+    """Run a program as stages are run, with ``logs/<name>.log``; its exit code, and the seconds it took."""
+    log = workspace / LOGS / f"{name}.log"
+    for path in (log, progress_file(workspace, name)):
         path.unlink(missing_ok=True)
     progress_file(workspace, name).parent.mkdir(parents=True, exist_ok=True)
     environment = {
@@ -72,7 +83,6 @@ def _run_dvc(
         "PYTHONUNBUFFERED": "1",
         "PYTHONSAFEPATH": "",  # none: the stage's modules are those of the current folder
     }
-    argv = [sys.executable, "-m", "tasks.dvc_stage", "--answer", str(answer), *arguments]
     started = time.monotonic()
     with Supervised(argv, cwd=workspace, log=log, environment=environment) as process:
         while (code := process.wait(0.5)) is None:
@@ -81,7 +91,7 @@ def _run_dvc(
                 break
             on_wait(time.monotonic() - started)
     progress_file(workspace, name).unlink(missing_ok=True)
-    return code, json.loads(answer.read_text()) if code == 0 else {}, time.monotonic() - started
+    return code, time.monotonic() - started
 
 
 def reason_of(log: Path, code: int) -> str:
