@@ -105,7 +105,7 @@ def reproduce_stage(stage: str, checkout: str, commit: str, worktree: str) -> St
         return Failed(name="Refused", message=str(error))
     if _same(verdict):
         remove_worktree(root, workspace)
-        return Completed(name="Identical", message=f"{len(verdict['outs'])} outs", data=verdict)
+        return Completed(name="Identical", message=_count(len(verdict["outs"]), "out"), data=verdict)
     verdict["kept"] = str(workspace.relative_to(root))
     return Failed(name="Different", message=f"kept in {verdict['kept']}", data=verdict)
 
@@ -152,15 +152,17 @@ def _run_all(
 
 
 def _summary(found: list[Verdict], refused: dict[str, str]) -> str:
-    outs = [out["verdict"] for verdict in found for out in verdict["outs"]]
-    parts = [
-        f"{outs.count(verdict)} outs {verdict}"
-        for verdict in sorted(set(outs), key=lambda text: text != IDENTICAL)
-    ]
+    verdicts = [out["verdict"] for verdict in found for out in verdict["outs"]]
+    kinds = sorted(set(verdicts), key=lambda text: text != IDENTICAL)
+    parts = [f"{_count(verdicts.count(kind), 'out')} {kind}" for kind in kinds]
     failed = [verdict["stage"] for verdict in found if verdict["failed"]]
     parts += [f"{', '.join(failed)} failed"] if failed else []
     parts += [f"{', '.join(refused)} could not be run again"] if refused else []
-    return f"{len(found) + len(refused)} stages: {'; '.join(parts)}"
+    return f"{_count(len(found) + len(refused), 'stage')}: {'; '.join(parts)}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _details(verdict: Verdict) -> list[str]:

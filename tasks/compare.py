@@ -67,14 +67,11 @@ def _json(first: bytes, second: bytes) -> Iterator[str]:
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    inner = (
-        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
-    )
-    if not inner:
+    if not value or not isinstance(value, dict | list):
         yield prefix, value
-    else:
-        for key, part in inner:
-            yield from _flat(part, f"{prefix}.{key}" if prefix else str(key))
+        return
+    for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from _flat(part, f"{prefix}.{key}" if prefix else str(key))
 
 
 def _short(value: Any) -> str:
@@ -83,27 +80,24 @@ def _short(value: Any) -> str:
 
 
 def _columns(first: bytes, second: bytes) -> Iterator[str]:
-    old, new = (list(csv.reader(io.StringIO(data.decode()))) for data in (first, second))
+    tables = [csv.DictReader(io.StringIO(data.decode())) for data in (first, second)]
+    old, new = (list(table) for table in tables)
     if len(old) != len(new):
         yield f"{len(old):,} rows were recorded, here are {len(new):,}"
-    headers = [rows[0] if rows else [] for rows in (old, new)]
-    for name in sorted({*headers[0], *headers[1]}):
-        if name not in headers[0] or name not in headers[1]:
-            yield f"column {name}: only {'here' if name in headers[1] else 'in the recorded file'}"
+    before, now = (table.fieldnames or [] for table in tables)
+    for name in sorted({*before, *now}):
+        if name not in before or name not in now:
+            yield f"column {name}: only {'here' if name in now else 'in the recorded file'}"
             continue
-        values = [
-            [row[header.index(name)] for row in rows[1:]]
-            for rows, header in zip((old, new), headers, strict=True)
-        ]
-        changed = [pair for pair in zip(*values, strict=False) if pair[0] != pair[1]]
-        if changed:
-            yield f"column {name}: {len(changed):,} rows differ{_apart(changed)}"
+        pairs = [(a[name], b[name]) for a, b in zip(old, new, strict=False) if a[name] != b[name]]
+        if pairs:
+            yield f"column {name}: {len(pairs):,} rows differ{_apart(pairs)}"
 
 
 def _apart(pairs: list[tuple[str, str]]) -> str:
     try:
         return f", by at most {max(abs(float(a) - float(b)) for a, b in pairs):.3g}"
-    except ValueError:
+    except (ValueError, TypeError):  # words, or a row that is too short
         return ""
 
 

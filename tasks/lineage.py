@@ -166,9 +166,11 @@ class _Tracer:
 
     def first_commit(self, entry: Entry) -> dict[str, str] | None:
         """The oldest commit that has exactly this entry; None where none has it yet."""
-        source = LOCK if entry.command else entry.name
+        source, histories = LOCK, [self.commits, self.others]
+        if not entry.command:
+            source, histories = entry.name, [git.commits(self.root, entry.name, self.commit or "HEAD")]
         hashes = [out.md5 for out in entry.outs.values()]
-        for history in (self.commits, self.others):
+        for history in histories:
             for commit in reversed(history):
                 text = git.read(self.root, source, commit) or ""
                 # Reading a lock takes a while, searching it does not.
