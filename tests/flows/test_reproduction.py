@@ -125,6 +125,33 @@ def test_other_bytes_are_told_by_the_machine_that_made_the_recorded_ones(chain, 
     assert "recorded on Abacus (wood)" in capsys.readouterr().out
 
 
+def test_the_files_that_differ_are_named_with_what_differs(chain, capsys):
+    script = (
+        "import json, os, pathlib, random\n"
+        "import numpy as np\n"
+        "from safetensors.numpy import save_file\n"
+        "noise, folder = random.SystemRandom().random(), pathlib.Path('data/noise')\n"
+        "folder.mkdir()\n"
+        "save_file({'same': np.zeros(2), 'bias': np.array([1, noise])}, folder / 'weights.safetensors')\n"
+        "(folder / 'scores.json').write_text(json.dumps({'same': 1, 'score': noise}))\n"
+        "(folder / 'curve.csv').write_text(f'step,score\\n1,{noise}\\n')\n"
+        "(folder / 'same.json').write_text('{}')\n"
+    )
+    Path("noise.py").write_text(script)
+    stages(Stage("noise", ["python", "noise.py"], deps=["noise.py"], outs=["data/noise"]))
+    dvc("repro")
+    commit_all("noise")
+    assert reproduce("noise")[0] == "Different"
+    printed = capsys.readouterr().out
+    assert re.search(
+        r"tensor bias: 1 of 2 values differ, by at most 0\.\d+, 0\.\d+ of the largest value", printed
+    )
+    assert re.search(r"key score: 0\.\d+ was recorded, here is 0\.\d+", printed)
+    assert re.search(r"column score: 1 rows differ, by at most 0\.\d+", printed)
+    assert "tensor same" not in printed
+    assert "same.json" not in printed
+
+
 def test_a_stage_that_fails_or_writes_nothing_is_different(chain):
     fail = "'failing' in os.getcwd() or os.path.exists('fail') and sys.exit('error: no luck')"
     stages(toy_stage("a", script=fail))

@@ -20,6 +20,7 @@ from clones import environment, make_clone, stillhouse
 from flows.results import processor
 from flows.workspace import hold
 from tasks.plan import Stage, read_plan
+from tasks.recorded import md5_of, object_path
 
 
 @pytest.fixture(scope="module")
@@ -319,3 +320,56 @@ def test_mistakes_are_one_line(clone):
     assert "did you mean 'train_teacher" in printed
     trees = subprocess.run(["git", "worktree", "list"], cwd=clone, capture_output=True, text=True).stdout
     assert printed.split()[1].rpartition("/")[2] not in trees
+
+
+def test_where_it_comes_from_whether_it_is_sound_and_whether_it_comes_out_again(clone):
+    stillhouse(clone, "run", "smoke", "--in-place")
+    subprocess.run(["git", "add", "dvc.lock", "machines.json"], cwd=clone, check=True)
+    subprocess.run(
+        ["git", "commit", "--quiet", "--allow-empty", "--message", "results"], cwd=clone, check=True
+    )
+    weights = "data/students/small-s0/weights.safetensors"
+    printed = stillhouse(clone, "lineage", weights)
+    assert "train_teacher-breakout-s0: commit " in printed
+    assert "4,096 env steps (train_teacher.breakout), seed 0" in printed
+    assert f"on {processor()}" in printed
+    found = json.loads(stillhouse(clone, "lineage", "--json", "--rev", "HEAD", str(clone / weights)))
+    assert found["on_disk"] == "as recorded"
+    assert found["stages"]["distill_student-small-s0"]["code"]["modules"]["stillhouse.losses.distillation"]
+
+    # The student's weights are lost everywhere: its stage alone runs again.
+    before = tree(clone)
+    lost = object_path(clone / ".dvc/cache", md5_of(clone / weights))
+    lost.unlink()
+    (clone / weights).unlink()
+    printed = stillhouse(clone, "verify", code=1)
+    assert f"{weights}: missing in workspace and cache (distill_student-small-s0)" in printed
+    assert "1 damaged or missing" in printed
+    printed = stillhouse(clone, "verify", "--repair")
+    assert [line for line in printed.splitlines() if "run again" in line] == [
+        "distill_student-small-s0: run again"
+    ]
+    assert printed.rstrip().endswith(": sound")
+    assert tree(clone) == before
+
+    printed = stillhouse(clone, "reproduce", "distill_student", "--workers", "1")
+    assert "3 stages: 9 outs identical" in printed
+    with contextlib.closing(sqlite3.connect(clone / ".stillhouse/prefect/prefect.db")) as database:
+        kept = dict(database.execute("select key, description from artifact"))
+    assert {"reproduction", "reproduction-summary"} <= set(kept)
+    assert processor() in kept["reproduction"]
+    assert tree(clone) == before
+
+    for arguments, word in (
+        (["lineage", "data/students/smal-s0"], "did you mean 'data/students/small-s0'"),
+        (["lineage", "/tmp/nowhere"], "no stillhouse project"),
+        (["lineage", weights, "--rev", "nowhere"], "revision: 'nowhere'"),
+        (["verify", "--rev", "--help-me"], "expected one argument"),
+        (["verify", "--rev=-x"], "revision: '-x'"),
+        (["reproduce", "nothing"], "stage: 'nothing'"),
+        (["reproduce", "../x"], "stage"),
+        (["reproduce", "report", "--workers", "-3"], "workers"),
+        (["reproduce", "report", "--rev", "nowhere"], "revision: 'nowhere'"),
+    ):
+        said = stillhouse(clone, *arguments, code=2).strip().splitlines()[-1]
+        assert word in said, said
