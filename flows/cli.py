@@ -172,6 +172,44 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument(
         "--keep-days", type=float, default=7.0, metavar="X", help="keep saved states so long (default: 7)"
     )
+    put = command(
+        "promote",
+        _promote,
+        "put a student into production, with its teachers: a commit of data/production.dvc",
+    )
+    put.add_argument("student", help="as in data/students/, for example small-s0")
+    again = command(
+        "retrain",
+        _retrain,
+        "train on what is in production, and replace it where that is surely an improvement",
+    )
+    for name, kind, text in (
+        ("env-steps", int, "more of each teacher's training (default: the suite's own)"),
+        ("updates", int, "more of the student's training (default: the suite's own)"),
+        ("episodes", int, "in each of the two comparisons (default: the suite's own)"),
+        ("workers", int, "stages at a time (default: as many as cores)"),
+        ("probability", float, "of being better, needed for promotion (default: 0.95)"),
+        ("floor", float, "no environment may fall below so much of production's score (default: 0.95)"),
+    ):
+        default = 0.95 if kind is float else 0
+        again.add_argument(
+            f"--{name}", type=kind, default=default, metavar="N" if kind is int else "X", help=text
+        )
+    again.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any parameter; may be repeated"
+    )
+    worse = command("degraded", _degraded, "tell the service that production has become worse: it retrains")
+    worse.add_argument("reason", help="for the record, for example 'return 420 over the last 100 episodes'")
+    back = command(
+        "rollback", _rollback, "put back what was in production before: a new commit of data/production.dvc"
+    )
+    back.add_argument(
+        "--generation",
+        type=int,
+        default=-1,
+        metavar="N",
+        help="which (default: the one before the present one)",
+    )
     command("down", _down, "stop what `stillhouse up` has started, runs in progress with it")
     command("status", _status, "what runs: server, workers, deployments, the latest runs")
 
@@ -194,12 +232,12 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.add_argument(
         "--workers", type=int, default=0, metavar="N", help="stages at a time (default: as many as cores)"
     )
-    for sub, default in ((lineage, "the checkout"), (verify, "the checkout"), (reproduce, "HEAD")):
+    for sub, revision in ((lineage, "the checkout"), (verify, "the checkout"), (reproduce, "HEAD")):
         sub.add_argument(
             "--rev",
             default="",
             metavar="REV",
-            help=f"git revision, or DVC experiment, whose dvc.lock counts (default: {default})",
+            help=f"git revision, or DVC experiment, whose dvc.lock counts (default: {revision})",
         )
 
     report = command("report", _report, "where the latest report lies")
@@ -368,6 +406,53 @@ def _prune(arguments: argparse.Namespace) -> int:
     kept = Kept(arguments.keep_runs, arguments.keep_experiments, arguments.keep_days)
     for line in prune(find_checkout(Path.cwd()), kept, arguments.dry_run):
         print(line)
+    return 0
+
+
+def _promote(arguments: argparse.Namespace) -> int:
+    from flows.production import promote_by_hand
+    from flows.workspace import find_checkout, in_checkout
+
+    checkout = find_checkout(Path.cwd())
+    with in_checkout(checkout):
+        commit = promote_by_hand(checkout, arguments.student)
+    print(f"{arguments.student} is in production: commit {commit}")
+    return 0
+
+
+def _retrain(arguments: argparse.Namespace) -> int:
+    from flows.workspace import find_checkout
+    from tasks.production import read_production
+
+    checkout = find_checkout(Path.cwd())
+
+    def start() -> int:
+        from flows.retraining import retraining
+
+        form = ("env_steps", "updates", "episodes", "probability", "floor", "set", "workers")
+        return _finish(retraining, {name: getattr(arguments, name) for name in form})
+
+    return _with_prefect(checkout, start, lambda: read_production(checkout))
+
+
+def _degraded(arguments: argparse.Namespace) -> int:
+    from flows.service import say_degraded
+    from flows.workspace import find_checkout
+
+    say_degraded(find_checkout(Path.cwd()), arguments.reason)
+    print("said; `stillhouse status` shows the run that it triggers")
+    return 0
+
+
+def _rollback(arguments: argparse.Namespace) -> int:
+    from flows.production import rollback
+    from flows.retraining import one_at_a_time
+    from flows.workspace import find_checkout, in_checkout
+
+    checkout = find_checkout(Path.cwd())
+    with one_at_a_time(checkout), in_checkout(checkout):
+        generation, commit = rollback(checkout, arguments.generation)
+    print(f"generation {generation} is in production: commit {commit}")
     return 0
 
 

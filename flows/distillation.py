@@ -118,7 +118,7 @@ def distillation(
             if not here:
                 console.print(f"workspace {name}")
             outcome = _run(workspace, checkout, suite, overrides, selection, workers)
-            saved = not here and not outcome.failed and _save(workspace, experiment)
+            saved = not here and not outcome.failed and save_experiment(workspace, experiment)
     except StillhouseError as error:
         return Failed(name="Rejected", message=str(error))  # nothing ran: what was asked for cannot be done
     text = outcome.text() + (f"; saved as experiment {experiment}" if saved else "")
@@ -169,7 +169,8 @@ def _run(
     return outcome
 
 
-def _save(workspace: Path, name: str) -> bool:
+def save_experiment(workspace: Path, name: str) -> bool:
+    """Save a run as a DVC experiment; where it cannot be, that is said, and the run is none the worse."""
     try:
         call_dvc(workspace, "save_experiment", "save", name)
     except StillhouseError as error:

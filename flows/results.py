@@ -26,7 +26,7 @@ TRANSFER_COLUMNS = ("target", "mode", "first return", "last return", "area again
 def _value(number: dict[str, float] | None) -> str:
     """An estimate: its value, with its interval where there is one."""
     if number is None:
-        return "-"
+        return "none"
     text = f"{number['value']:.4g}"
     return f"{text} [{number['low']:.4g}, {number['high']:.4g}]" if "low" in number else text
 

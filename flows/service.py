@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import fcntl
 import ipaddress
 import json
@@ -20,7 +21,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+import uuid
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,6 +34,7 @@ POOL = "stillhouse"
 START_SECONDS = 120.0
 STOP_SECONDS = 30.0
 AUTHENTICATION = "PREFECT_SERVER_API_AUTH_STRING"
+DATABASE = "PREFECT_SERVER_DATABASE_CONNECTION_URL"
 # A flow run that was killed says nothing any more; this long after its last word it is marked as crashed.
 HEARTBEAT_SECONDS = 30
 SILENT_SECONDS = 75
@@ -169,8 +171,9 @@ def environment_of(folder: Path, api: str) -> dict[str, str]:
     return {
         "PREFECT_HOME": str(folder),
         "PREFECT_API_URL": api,
-        "PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{folder / 'prefect.db'}",
-        "PREFECT_API_DATABASE_TIMEOUT": "60",
+        # SQLite in the checkout, unless the user's own environment names a PostgreSQL.
+        DATABASE: os.environ.get(DATABASE, f"sqlite+aiosqlite:///{folder / 'prefect.db'}"),
+        "PREFECT_SERVER_DATABASE_TIMEOUT": "60",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
         "PREFECT_SERVER_UI_V2_ENABLED": "false",  # it calls an analytics host at every load
@@ -327,11 +330,11 @@ class Keeper:
             schema = {**deployment["parameter_openapi_schema"], "additionalProperties": False}
             self._ask("PATCH", f"/deployments/{deployment['id']}", {"parameter_openapi_schema": schema})
 
-    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+    def _ask(self, method: str, path: str, body: Any = None) -> Any:
         return ask(f"{self._ui}/api", method, path, body)
 
 
-def ask(api: str, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+def ask(api: str, method: str, path: str, body: Any = None) -> Any:
     """One request to a Prefect API on this machine: its JSON answer, or None.
 
     Raises:
@@ -352,6 +355,28 @@ def ask(api: str, method: str, path: str, body: Mapping[str, Any] | None = None)
     with opener.open(request, timeout=30) as answer:
         content = answer.read()
     return json.loads(content) if content else None
+
+
+def say_degraded(checkout: Path, reason: str) -> None:
+    """Tell the service that what is in production has become worse: the deployment `retraining` is triggered by it.
+
+    Raises:
+        StillhouseError: the service is down, or does not take it.
+    """
+    state = state_of(checkout)
+    if not state or not state.get("ready"):
+        raise StillhouseError("the service is down, so nobody would hear it; `stillhouse up` starts it")
+    event = {
+        "id": str(uuid.uuid4()),
+        "occurred": datetime.datetime.now(datetime.UTC).isoformat(),
+        "event": "stillhouse.metric.degraded",
+        "resource": {"prefect.resource.id": "stillhouse.production"},
+        "payload": {"reason": reason},
+    }
+    try:
+        ask(state["api"], "POST", "/events", [event])
+    except OSError as error:
+        raise StillhouseError(f"{state['api']} does not take the event ({error})") from None
 
 
 def overview(checkout: Path) -> list[str]:

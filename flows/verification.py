@@ -43,7 +43,11 @@ def repair(checkout: Path, commit: str, checked: list[Checked]) -> Iterator[str]
     ]
     if not commit:
         added = sum(_put(checkout, objects_in(checkout / out.path, out, cache)) for out in broken)
-        yield from [f"put back into the cache from the workspace: {added} objects"] if added else []
+        yield from (
+            [f"put back into the cache from the workspace: {added} object{'s' * (added != 1)}"]
+            if added
+            else []
+        )
     if lost := [out for out in broken if not is_in(cache, out)]:
         reason = fetch_missing(checkout, commit, "repair", lost)
         fetched = [out.path for out in lost if is_in(cache, out)]

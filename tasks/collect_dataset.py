@@ -25,7 +25,7 @@ VALIDATION_EPISODES = 32
 def collect_dataset(context: StageContext) -> None:
     """A teacher's checkpoint to a dataset of its play, or its training state's replay to one with its final outputs."""
     use_one_core()
-    name, seed = context.name, context.seed
+    name, seed, random_seed = context.name, context.seed, context.random_seed
     environment = parse(EnvironmentConfig, context.block(f"environments.{name}"), f"environments.{name}")
     block = dict(context.block(f"collect_dataset.{name}"))
     from_replay = block.pop("from_replay")
@@ -39,7 +39,7 @@ def collect_dataset(context: StageContext) -> None:
     if not from_replay:  # before the teacher is judged, which takes longer than to say no
         check_size(spec, config.transitions, config.maximum_bytes, path)
     policy = network_policy(checkpoint.network, name, context.device)
-    judged = evaluate(policy, environment, VALIDATION_EPISODES, seed, stream="validation")
+    judged = evaluate(policy, environment, VALIDATION_EPISODES, random_seed, stream="validation")
     teacher = Teacher(
         policy=policy,
         output=checkpoint.network.spec.output,
@@ -51,7 +51,7 @@ def collect_dataset(context: StageContext) -> None:
         replay = load_state(Path("data/training_state") / f"{name}-s{seed}")["replay"]
         reports = write_replay(replay, teacher, environment.id, spec, config, path)
     else:
-        reports = collect(teacher, environment, config, seed, path)
+        reports = collect(teacher, environment, config, random_seed, path)
     for report in reports:
         context.progress.update(report.done, report.total, "env steps", report.metrics)
 

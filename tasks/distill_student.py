@@ -14,7 +14,8 @@ from stillhouse.files import write_json
 from stillhouse.networks.multi_task import parameter_count
 from stillhouse.processor import use_one_core
 from tasks.curve import Curve
-from tasks.stage import StageContext, main
+from tasks.production import FOLDER, student_path
+from tasks.stage import RETRAINING, StageContext, main
 
 
 def distill_student(context: StageContext) -> None:
@@ -24,6 +25,11 @@ def distill_student(context: StageContext) -> None:
     # Sorted: the order of the names in a file must not change the student.
     environments = sorted(block.pop("environments"))
     block.pop("from_datasets", None)  # said by the deps
+    initial = None
+    if str(FOLDER) in context.deps:
+        retraining = context.block(RETRAINING)
+        initial = load_checkpoint(student_path(context.name), context.device).network
+        block["updates"] = retraining["updates"]
     method = block["method"]
     # By name: this stage depends on the code of its own method only.
     module = importlib.import_module(f"stillhouse.distillation.{method}")
@@ -43,9 +49,9 @@ def distill_student(context: StageContext) -> None:
     }
     digests |= {name: dataset.schema.teacher for name, dataset in datasets.items()}
     networks = {name: teacher.network for name, teacher in teachers.items()}
-    run = (context.seed, context.device)
+    run = (context.random_seed, context.device)
     if method == "offline":
-        distillation = distillation_class(config, datasets, *run, networks)
+        distillation = distillation_class(config, datasets, *run, networks, initial)
     elif method == "on_policy":
         acting = _environments(context, environments)
         distillation = distillation_class(config, networks, acting, *run, datasets)

@@ -7,6 +7,7 @@ current folder. Answers are written as JSON to the file named by ``--answer``.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import json
 import os
@@ -41,6 +42,7 @@ from tasks.stage import (
     read_yaml,
     scratch_root,
     stage_entry,
+    write_yaml,
 )
 
 LOCK = Path("dvc.lock")
@@ -143,7 +145,8 @@ def run(name: str, force: bool) -> dict[str, Any]:
             _reproduce(repo, name, marker, force=force)
             clear_scratch(scratch)
         if marker.exists():
-            with repo.lock:
+            # Without this note the stage is done all the same.
+            with repo.lock, contextlib.suppress(StillhouseError):
                 record(read_recorded(Path())[name], set(read_yaml(DVC_YAML)["stages"]))
         return {"executed": marker.exists()}
 
@@ -184,6 +187,14 @@ def check_out(targets: list[str], into: Path | None) -> dict[str, Any]:
     repo = Repo(".", _wait_for_lock=True, config=shared)
     # Not forced in the checkout: a file that nobody has recorded stays, and is named.
     return {"checked_out": repo.checkout(targets, force=into is not None)["stats"]}
+
+
+def add(target: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """Let DVC track a file or folder by ``<target>.dvc``, with ``about`` in it."""
+    _open().add([str(target)], force=True)
+    pointer = target.with_name(f"{target.name}.dvc")
+    write_yaml(pointer, {**read_yaml(pointer), "meta": about})
+    return {"added": str(pointer)}
 
 
 def put(source: Path) -> dict[str, Any]:
@@ -238,6 +249,9 @@ def main() -> None:
     place.add_argument("--into", type=Path)
     place.add_argument("targets", nargs="+")
     commands.add_parser("put").add_argument("source", type=Path)
+    track = commands.add_parser("add")
+    track.add_argument("target", type=Path)
+    track.add_argument("about", type=json.loads)
     arguments = parser.parse_args()
     _keep_before_each_write()
     try:
@@ -249,6 +263,8 @@ def main() -> None:
             answer = fetch(arguments.targets, arguments.revision)
         elif arguments.command == "checkout":
             answer = check_out(arguments.targets, arguments.into)
+        elif arguments.command == "add":
+            answer = add(arguments.target, arguments.about)
         elif arguments.command == "put":
             answer = put(arguments.source)
         else:

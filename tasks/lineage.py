@@ -179,7 +179,7 @@ class _Tracer:
                     and read_recorded(self.root, commit).get(entry.name) == entry
                 ):
                     said = git.git(self.root, "log", "-1", "--format=%H%n%cs%n%s", commit)
-                    return dict(zip(("commit", "date", "subject"), said.splitlines(), strict=True))
+                    return dict(zip(("commit", "date", "subject"), said.split("\n"), strict=False))
         return None
 
     def digest(self, md5: str) -> dict[str, Any]:
@@ -267,5 +267,7 @@ def _stage_lines(stages: dict[str, Any], key: str, shown: set[str], first: bool 
     for given in inputs:
         last = given is inputs[-1]
         yield f"{'└─' if last else '├─'} {given['path']}  {given['md5'][:SHORT]}"
-        inner = _stage_lines(stages, given["stage"], shown) if given["stage"] else ["not made by a stage"]
+        inner = (
+            _stage_lines(stages, given["stage"], shown) if given["stage"] else ["no recorded stage made it"]
+        )
         yield from (f"{' ' if last else '│'}  {line}" for line in inner)

@@ -117,6 +117,25 @@ class TransferParams(FineTuneConfig):
         return learner.model_dump(mode="json", exclude={"network"})
 
 
+class RetrainingParams(Config):
+    """How a student in production is trained on, and when it is replaced; used by the flow `retraining` alone."""
+
+    generation: int = Field(
+        default=0, ge=0, description="of this attempt, part of every seed; 0: no retraining"
+    )
+    student: Name | Literal[""] = Field(default="", description="the student in production")
+    env_steps: int = Field(default=20_000, ge=1, le=10**10, description="more of each teacher's training")
+    updates: int = Field(default=1000, ge=1, le=10**9, description="more of the student's training")
+    learning_rate_factor: float = Field(
+        default=0.5, gt=0, le=10, description="the teachers' learning rate begins at so much of its own"
+    )
+    episodes: int = Field(default=200, ge=2, le=100_000, description="in each of the two comparisons")
+    probability: float = Field(default=0.95, ge=0, le=1, description="of being better, needed for promotion")
+    floor: float = Field(
+        default=0.95, ge=0, description="no environment's score relative to production's may be lower"
+    )
+
+
 class ReportParams(Config):
     """What the report says about itself."""
 
@@ -137,7 +156,10 @@ class Params(Config):
     fine_tune: dict[Name, TransferParams] = Field(default_factory=dict)
     evaluate: EvaluationConfig = EvaluationConfig()
     report: ReportParams = ReportParams()
-    publish_results: bool = Field(default=False, description="draw docs/results/ from the committed studies too")
+    retraining: RetrainingParams = RetrainingParams()
+    publish_results: bool = Field(
+        default=False, description="draw docs/results/ from the committed studies too"
+    )
 
     @model_validator(mode="after")
     def _names_exist(self) -> Params:

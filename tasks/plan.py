@@ -14,17 +14,19 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ruamel.yaml import YAML
 
+from stillhouse.config import near
 from stillhouse.errors import StillhouseError
 from stillhouse.files import write_atomic
 from tasks.digest_code import FOLDER as CODE
 from tasks.digest_code import kind_of
-from tasks.stage import DVC_YAML, PIPELINE, stage_name
+from tasks.production import FOLDER as PRODUCTION
+from tasks.stage import DVC_YAML, PIPELINE, RETRAINING, stage_name
 
 if TYPE_CHECKING:
     from tasks.params import Params
@@ -291,6 +293,8 @@ def stages_of(params: Params) -> list[Stage]:
                 cost=3.0,
             )
         )
+    if params.retraining.generation:
+        stages = _retraining(params, stages)
     digests = sorted({dep for stage in stages for dep in stage.deps if dep.startswith(f"{CODE}/")})
     digest_code = Stage(
         name="digest_code",
@@ -300,6 +304,52 @@ def stages_of(params: Params) -> list[Stage]:
     )
     _check_unique(stages)
     return [digest_code, *stages]
+
+
+def _retraining(params: Params, stages: list[Stage]) -> list[Stage]:
+    """The stages that train on what is in production, of those that made it, and the one that compares.
+
+    Raises:
+        StillhouseError: the student is not of this suite, or does not learn from datasets.
+    """
+    name, seed = params.retraining.student, params.seeds[0]
+    student = params.distill_student.get(name)
+    if student is None:
+        raise StillhouseError(
+            f"retraining.student: {name!r} is not among the students of suite {params.suite}"
+            f"{near(name, list(params.distill_student))}; there are {', '.join(params.distill_student) or 'none'}"
+        )
+    if student.method != "offline":
+        raise StillhouseError(
+            f"retraining.student: {name!r} learns by method {student.method}; a student that is trained on learns offline"
+        )
+    production = str(PRODUCTION)
+    wanted = {stage_name("distill_student", name, seed=seed): [production]}
+    for environment in student.environments:
+        wanted[stage_name("train_teacher", environment, seed=seed)] = [production]
+        wanted[stage_name("collect_dataset", environment, seed=seed)] = []
+    chosen = [
+        replace(stage, deps=[*stage.deps, *wanted[stage.name]], params=[*stage.params, RETRAINING])
+        for stage in stages
+        if stage.name in wanted
+    ]
+    environments = sorted(student.environments)
+    modules = [path for each in environments for path in user_module_files(params.environments[each].module)]
+    compare = Stage(
+        name=stage_name("compare_production", name, seed=seed),
+        argv=["python", "-m", "tasks.compare_production", name, "--seed", str(seed)],
+        deps=[
+            str(CODE / f"{kind_of('compare_production')}.json"),
+            f"data/students/{name}-s{seed}",
+            production,
+            *modules,
+        ],
+        params=[RETRAINING, *(f"environments.{environment}" for environment in environments)],
+        metrics=["data/evaluation/promotion.json"],
+        environments=environments,
+        cost=20.0,
+    )
+    return [*chosen, compare]
 
 
 def user_module_files(module: str) -> list[str]:

@@ -101,6 +101,8 @@ def _read(root: Path, commit: str) -> dict[str, Entry]:
 def _outs(row: dict[str, Any], folder: Path, in_git: set[str]) -> dict[str, Out]:
     outs = {}
     for out in row.get("outs", []):
+        if "md5" not in out:  # declared, and not made yet
+            continue
         path = str(folder / out["path"])
         outs[path] = Out(path, out["md5"], out.get("size", 0), path not in in_git)
     return outs

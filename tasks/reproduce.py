@@ -58,7 +58,7 @@ def reproduce(checkout: Path, worktree: Path, commit: str, name: str) -> dict[st
     outs = owners(entries)
     hashes = entry.deps | {path: out.md5 for path, out in entry.outs.items()}
     if digests := {path: md5 for path, md5 in hashes.items() if Path(path).parent == CODE}:
-        _check_code(checkout, worktree, commit, entries["digest_code"], digests)
+        _check_code(checkout, worktree, commit, entries, digests)
     inputs = [
         path for path in entry.deps if path in outs and outs[path].outs[path].cached and path not in digests
     ]
@@ -126,12 +126,16 @@ def fetch_missing(checkout: Path, commit: str, name: str, wanted: list[Out]) -> 
     return f"{', '.join(paths)}: not in the cache, and {reason}" if (paths := lacking()) else ""
 
 
-def _check_code(checkout: Path, worktree: Path, commit: str, source: Entry, digests: dict[str, str]) -> None:
+def _check_code(
+    checkout: Path, worktree: Path, commit: str, entries: dict[str, Entry], digests: dict[str, str]
+) -> None:
     """Digest the worktree's code, and hold it against what was recorded.
 
     Raises:
         StillhouseError: other versions are installed, or the code is not the recorded one.
     """
+    if (source := entries.get("digest_code")) is None:
+        raise StillhouseError("dvc.lock does not say which code made it: digest_code is not in it")
     code, _ = supervise(worktree, "digest_code", [SHELL, "-c", source.command], lambda elapsed: None)
     if code:
         raise StillhouseError(reason_of(worktree / LOGS / "digest_code.log", code))
@@ -139,7 +143,9 @@ def _check_code(checkout: Path, worktree: Path, commit: str, source: Entry, dige
     for path, md5 in digests.items():
         if content_hash(worktree / path) == md5:
             continue
-        fetch_missing(checkout, commit, source.name, [source.outs[path]])
+        fetch_missing(
+            checkout, commit, source.name, [out for out in source.outs.values() if out.path == path]
+        )
         then, now = _digest(object_path(cache_folder(checkout), md5)), _digest(worktree / path)
         if other := _changed(then, now, "environment"):
             pairs = [
@@ -160,20 +166,21 @@ def _check_code(checkout: Path, worktree: Path, commit: str, source: Entry, dige
 
 def _digest(path: Path) -> dict[str, dict[str, str]]:
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        content = json.loads(path.read_bytes())
+        return {part: dict(content[part]) for part in ("environment", "modules")}
+    except (OSError, ValueError, KeyError, TypeError):
         return {"environment": {}, "modules": {}}
 
 
 def _changed(then: dict[str, dict[str, str]], now: dict[str, dict[str, str]], part: str) -> list[str]:
-    """Names in one part of a digest whose value is another; none where the recorded digest is lost."""
-    keys = sorted({*then[part], *now[part]}) if then[part] else []
+    """Names in one part of a digest whose value is another; none where one of the two digests is lost."""
+    keys = sorted({*then[part], *now[part]}) if then[part] and now[part] else []
     return [key for key in keys if then[part].get(key) != now[part].get(key)]
 
 
 def _check_inputs(worktree: Path, entry: Entry) -> None:
     """Raises StillhouseError where the worktree's command, parameters or inputs are not the recorded ones."""
-    row = read_yaml(worktree / DVC_YAML).get("stages", {}).get(entry.name, {})
+    row = (read_yaml(worktree / DVC_YAML) or {}).get("stages", {}).get(entry.name, {})
     parameters = read_yaml(worktree / PIPELINE)
     changed = [] if row.get("cmd") == entry.command else ["the command"]
     for key, value in entry.params.items():

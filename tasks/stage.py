@@ -11,6 +11,7 @@ import configparser
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
@@ -28,10 +29,12 @@ from ruamel.yaml.error import YAMLError
 
 from stillhouse.errors import StillhouseError
 from stillhouse.files import MANIFEST, sha256, write_atomic
+from stillhouse.seeding import derive
 from tasks.supervisor import follow_supervisor
 
 PIPELINE = Path("params/pipeline.yaml")
 DVC_YAML = Path("dvc.yaml")
+RETRAINING = "retraining"  # the block of a retraining's stages
 MODES = ("full", "frozen", "scratch")
 
 # Set by whoever runs the stage; a stage run by a plain `dvc repro` has none of them.
@@ -66,6 +69,15 @@ def read_yaml(path: Path) -> Any:
         raise StillhouseError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
 
 
+def write_yaml(path: Path, content: Any) -> None:
+    """Write plain mappings, lists and scalars, in block style."""
+    yaml = YAML()
+    yaml.default_flow_style = False
+    text = io.StringIO()
+    yaml.dump(content, text)
+    write_atomic(path, text.getvalue())
+
+
 def lookup(data: Any, key: str) -> Any:
     """``data["a"]["b"]`` for ``"a.b"``; KeyError with the whole key where a part is missing."""
     for part in key.split("."):
@@ -83,10 +95,15 @@ def stage_entry(name: str) -> dict[str, Any]:
     return entries[name]
 
 
+def _keys(entry: dict[str, Any]) -> list[str]:
+    """The parameters that a stage reads."""
+    return [key for row in entry.get("params", []) for keys in row.values() for key in keys]
+
+
 def inputs_key(entry: dict[str, Any]) -> str:
     """A hash of all that decides a stage's outs: its command, its parameters, and the content of its deps."""
     parameters = read_yaml(PIPELINE)
-    keys = [key for row in entry.get("params", []) for keys in row.values() for key in keys]
+    keys = _keys(entry)
     deps = {}
     for dep in entry.get("deps", []):
         path = Path(dep)
@@ -279,6 +296,9 @@ class StageContext:
         digest = json.loads(digest_path.read_text())
         self.device: str = digest["environment"]["device"]
         self._closure: set[str] = set(digest["modules"])
+        # What names are made of, and what randomness is made of: each generation of retraining has its own.
+        generation = lookup(self._parameters, "retraining.generation") if RETRAINING in _keys(entry) else 0
+        self.random_seed = derive(seed, "generation", generation) if generation else seed
         self.key = inputs_key(entry)
         self.progress = Progress(self.stage)
         self.scratch = Scratch(scratch_root() / self.key)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from stillhouse.agents import make_learner
-from stillhouse.checkpoint import save_checkpoint, save_state
+from stillhouse.agents import continue_training, continued_settings, make_learner
+from stillhouse.checkpoint import load_checkpoint, load_state, save_checkpoint, save_state
 from stillhouse.config import parse
 from stillhouse.envs.make import EnvironmentConfig
 from stillhouse.files import write_json
@@ -15,7 +15,8 @@ from stillhouse.networks.multi_task import parameter_count, scale_head
 from stillhouse.processor import use_one_core
 from stillhouse.types import OutputKind
 from tasks.curve import Curve
-from tasks.stage import StageContext, main
+from tasks.production import FOLDER, part
+from tasks.stage import RETRAINING, StageContext, main
 
 # Metrics in the learning curve, and their columns.
 COLUMNS: dict[OutputKind, dict[str, str]] = {
@@ -35,7 +36,14 @@ def train_teacher(context: StageContext) -> None:
     use_one_core()
     environment = parse(EnvironmentConfig, context.block(f"environments.{context.name}"), context.name)
     settings = context.block(f"train_teacher.{context.name}")
-    learner = make_learner(settings, context.name, environment, context.seed, context.device)
+    before = 0
+    retraining = context.block(RETRAINING) if str(FOLDER) in context.deps else None
+    if retraining:
+        settings = continued_settings(settings, retraining["env_steps"], retraining["learning_rate_factor"])
+        before = load_checkpoint(part("teachers", context.name)).details["env_steps"]
+    learner = make_learner(settings, context.name, environment, context.random_seed, context.device)
+    if retraining:
+        continue_training(learner, load_state(part("training_state", context.name)))
     curve = Curve(context, "env_steps", COLUMNS[learner.network.spec.output])
     curve.follow(learner)
 
@@ -45,7 +53,7 @@ def train_teacher(context: StageContext) -> None:
     details = {
         "environments": {context.name: environment.model_dump(mode="json")},
         "algorithm": settings["algorithm"],
-        "env_steps": learner.env_steps,
+        "env_steps": before + learner.env_steps,
         "seed": context.seed,
     }
     save_state(Path("data/training_state") / stem, state)
@@ -54,7 +62,7 @@ def train_teacher(context: StageContext) -> None:
     write_json(
         folder / f"{stem}.json",
         {
-            "env_steps": learner.env_steps,
+            "env_steps": before + learner.env_steps,
             "episodes": learner.episodes,
             "mean_return": float(np.mean(recent)) if recent else None,
             "parameters": parameter_count(learner.network),

@@ -68,3 +68,36 @@ def make_learner(
         network = fresh_network(config.network, name, envs.spec, OUTPUTS[algorithm], seed)
     learner: Learner = learner_class(config, network.to(device), name, envs, seed)
     return learner
+
+
+# Of a training state: what was learnt, and what it was learnt from. Counters, which schedules follow, episodes and random
+# streams are the new training's own.
+_LEARNT = ("parameters", "target", "replay")
+
+
+def continue_training(learner: Learner, state: dict[str, Any]) -> None:
+    """Let a fresh learner go on from another training's state: its weights, optimiser, target network and replay.
+
+    Args:
+        learner: of the same algorithm and network, that has not trained yet.
+        state: what the other's ``get_state`` gave.
+    """
+    own = learner.get_state()
+    learner.set_state({**own, **{name: state[name] for name in _LEARNT if name in state}})
+    if "replay" in state:
+        learner.replay.drop_open()  # type: ignore[attr-defined] # the other's episodes are not gone on with
+
+
+def continued_settings(
+    settings: dict[str, Any], env_steps: int, learning_rate_factor: float
+) -> dict[str, Any]:
+    """An algorithm's settings for ``env_steps`` more: it explores as at its end, and learns at a share of its first rate."""
+    algorithm = settings["algorithm"]
+    module = importlib.import_module(f"{__name__}.{algorithm}")
+    config = parse(getattr(module, ALGORITHMS[algorithm][1]), settings, algorithm).model_dump(mode="json")
+    config |= {"env_steps": env_steps, "learning_rate": config["learning_rate"] * learning_rate_factor}
+    if "epsilon_end" in config:
+        config["epsilon_start"] = config["epsilon_end"]
+    if "critic_warmup" in config:
+        config["critic_warmup"] = 0.0  # its critic is no beginner
+    return config

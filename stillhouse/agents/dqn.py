@@ -108,9 +108,9 @@ class DQN:
         self._target = copy.deepcopy(network)
         self._target_parameters = FlatParameters(self._target, config.learning_rate)
         self._target.requires_grad_(False)
-        capacity = min(config.replay_capacity, config.env_steps + config.num_envs)
+        # Memory is taken as it fills, so that a long-lived agent's replay can be as large as it is allowed to be.
         self.replay = UniformReplay(
-            envs.spec.observation, capacity, envs.num_envs, config.n_step, config.gamma
+            envs.spec.observation, config.replay_capacity, envs.num_envs, config.n_step, config.gamma
         )
         self.env_steps = 0
         self.updates = 0

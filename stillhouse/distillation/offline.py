@@ -46,13 +46,15 @@ class Distillation:
         seed: the stage's seed.
         device: torch device.
         teachers: their networks, by the same names; only for ``feature_weight``.
+        initial: a student of the same shape to go on from.
 
     Attributes:
         training: the student's network, parameters and best weights.
 
     Raises:
         StillhouseError: weights for unknown environments, a budget too small for any network, a dataset of a
-            single episode, MSE on teachers of different kinds, or a feature weight without teachers.
+            single episode, MSE on teachers of different kinds, a feature weight without teachers, or an initial
+            student of another shape.
     """
 
     def __init__(
@@ -62,9 +64,10 @@ class Distillation:
         seed: int,
         device: str = "cpu",
         teachers: Mapping[str, MultiTaskNetwork] = MappingProxyType({}),
+        initial: MultiTaskNetwork | None = None,
     ) -> None:
         self.config = config
-        self.training = StudentTraining(config, datasets, seed, device, teachers)
+        self.training = StudentTraining(config, datasets, seed, device, teachers, initial)
 
     @property
     def updates(self) -> int:

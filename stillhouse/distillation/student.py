@@ -271,6 +271,7 @@ class StudentTraining:
         seed: int,
         device: str = "cpu",
         teachers: Mapping[str, MultiTaskNetwork] = MappingProxyType({}),
+        initial: MultiTaskNetwork | None = None,
     ) -> None:
         _check(config, data, teachers)
         self.config = config
@@ -288,6 +289,9 @@ class StudentTraining:
         self.network: MultiTaskNetwork = build_network(
             spec, seeding.derive(seed, "distillation", "weights")
         ).to(device)
+        if initial is not None:
+            _take_over(self.network, initial)
+        self._continued = initial is not None
         self._teachers = dict(teachers) if config.feature_weight else {}
         self._readers = self._build_readers()
         self.parameters = FlatParameters(
@@ -530,8 +534,8 @@ class StudentTraining:
         source.measured = True
 
     def _rescale(self, source: _Source, shift: float, scale: float) -> None:
-        """Change shift and scale; after any update the outputs stay as they are (fresh ones start standardised)."""
-        if self.updates:
+        """Change shift and scale; what has learnt keeps its outputs (what is fresh starts standardised)."""
+        if self.updates or self._continued:
             head: Any = self.network.heads[source.name]
             with torch.no_grad():
                 head.weight.mul_(source.scale / scale)
@@ -678,6 +682,23 @@ def _temperature(config: StudentConfig, name: str, teacher: TeacherFacts) -> flo
             f"{teacher.mean_action_gap:g}); train that teacher longer, or use the rule fixed"
         )
     return action_gap_temperature(teacher.mean_action_gap, config.greedy_odds)
+
+
+def _take_over(network: MultiTaskNetwork, initial: MultiTaskNetwork) -> None:
+    """Raises StillhouseError where the two are not of one shape and kind."""
+    shapes = [
+        {name: tuple(tensor.shape) for name, tensor in each.state_dict().items()}
+        for each in (network, initial)
+    ]
+    if shapes[0] != shapes[1] or network.spec.output != initial.spec.output:
+        other = sorted(
+            name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name)
+        )
+        raise StillhouseError(
+            f"the student to go on from is another network ({', '.join(other[:3]) or initial.spec.output}); give it the same "
+            "environments, size and kind of loss, or start afresh"
+        )
+    network.load_state_dict(initial.state_dict())
 
 
 def _check(

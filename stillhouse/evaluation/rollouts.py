@@ -61,7 +61,7 @@ def evaluate(
     seed: int,
     epsilon: float = 0.0,
     num_envs: int = 32,
-    stream: Literal["test", "validation"] = "test",
+    stream: Literal["test", "validation", "promotion", "confirmation"] = "test",
 ) -> Episodes:
     """Play ``episodes`` episodes with the policy's best action, or a random one with probability ``epsilon``.
 
@@ -75,8 +75,8 @@ def evaluate(
         seed: the stage's seed.
         epsilon: share of uniformly random actions; 1 is random play.
         num_envs: copies stepped together (never more than episodes).
-        stream: the episodes' and the random actions' stream; ``test`` and ``validation`` never share an
-            episode with each other or with training.
+        stream: the episodes' and the random actions' stream; no two streams share an episode, and none shares one
+            with training.
 
     Raises:
         StillhouseError: the environment cannot be made, or the policy's outputs are not finite.

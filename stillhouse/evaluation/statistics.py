@@ -80,6 +80,39 @@ def probability_of_improvement(scores_x: np.ndarray, scores_y: np.ndarray) -> np
     return ((x > y) + 0.5 * (x == y)).mean(axis=(-3, -2, -1))
 
 
+def paired_improvement(
+    candidate: np.ndarray, current: np.ndarray, random: np.ndarray, seed: int, resamples: int = 10_000
+) -> tuple[float, np.ndarray]:
+    """How sure it is that one agent is better than another, from episodes that both have played.
+
+    Args:
+        candidate, current, random: returns ``[episodes, environments]``; rows are the same episodes.
+        seed: of the resampling.
+        resamples: number of resamples of the rows, for each environment by itself.
+
+    Returns:
+        The share of resamples in which the geometric mean over the environments of (candidate - random) / (current -
+        random), at least 0.01 each, is above 1; and these scores on all episodes, ``[environments]``. Where the current
+        agent is no better than random play the score is NaN, and the candidate is not better there.
+    """
+    together = np.stack(
+        [candidate, current, random], axis=-1
+    )  # an episode is drawn with all that was made of it
+
+    def scores(rows: np.ndarray) -> np.ndarray:
+        means = rows.mean(axis=-3)
+        return normalised_score(means[..., 0], means[..., 2], means[..., 1])
+
+    generator_ = generator(seed, "bootstrap")
+    episodes, environments = candidate.shape
+    better = 0
+    for _ in range(resamples):
+        drawn = generator_.integers(episodes, size=(episodes, environments))
+        found = scores(np.take_along_axis(together, drawn[..., None], axis=0))
+        better += bool(np.log(np.maximum(found, FLOOR)).mean() > 0)
+    return better / resamples, scores(together)
+
+
 def performance_profile(scores: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
     """Share of runs x environments whose score is above each threshold, ``[..., S, E], [T] -> [..., T]``."""
     return (np.asarray(scores)[..., None] > thresholds).mean(axis=(-3, -2))

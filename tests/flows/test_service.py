@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 from collections.abc import Callable, Iterator
@@ -301,6 +303,61 @@ def test_all_is_gone_when_the_keeper_is_killed(tmp_path: Path) -> None:
     until(lambda: not service.processes(), 30, lambda: service.processes())
     assert stillhouse(clone, "status") == "the service is down; `stillhouse up` starts it\n"
     assert stillhouse(clone, "down") == "nothing to stop: the service is down\n"
+
+
+@pytest.fixture
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real server from Debian's package; its address."""
+    programs = Path("/usr/lib/postgresql/15/bin")
+    assert programs.exists(), "Debian's package postgresql-15 is not installed"
+    folder = Path(tempfile.mkdtemp(prefix="stillhouse-postgresql-"))  # where another user may go
+    # It does not run as root.
+    other = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+    if other:
+        shutil.chown(folder, "postgres")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    data = str(folder / "data")
+    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder}"
+    subprocess.run(
+        [*other, programs / "initdb", "-D", data, "-U", "prefect", "-A", "trust"],
+        check=True,
+        capture_output=True,
+    )
+    start = [*other, programs / "pg_ctl", "-D", data, "-o", options, "-l", str(folder / "log"), "-w", "start"]
+    subprocess.run(start, check=True, stdout=subprocess.DEVNULL)
+    try:
+        yield f"postgresql+asyncpg://prefect@127.0.0.1:{port}/postgres"
+    finally:
+        subprocess.run(
+            [*other, programs / "pg_ctl", "-D", data, "-m", "fast", "stop"],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_the_same_on_postgresql(postgresql: str, tmp_path: Path) -> None:
+    clone = make_clone(tmp_path / "clone", "tiny", tiny=TINY)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    stillhouse(clone, "up", "--port", str(port), PREFECT_SERVER_DATABASE_CONNECTION_URL=postgresql)
+    try:
+        service = Service(clone, port)
+        service.wait(service.trigger(suite="tiny", only=["train_teacher"]), "Completed")
+        assert not (clone / ".stillhouse/service/prefect.db").exists()
+        address = postgresql.replace("+asyncpg", "")
+        asked = [
+            "psql",
+            address,
+            "-Atc",
+            "select count(*) from task_run where name = 'train_teacher-cartpole-s0'",
+        ]
+        assert subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip() == "1"
+    finally:
+        stillhouse(clone, "down")
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,9 @@ def test_a_joint_network_is_judged_beside_the_students(project):
 def test_committed_studies_are_inputs_of_the_published_page(project):
     assert "publish_results" not in by_name(make_plan("smoke", []))
     published = ["publish_results=true"]
-    assert by_name(make_plan("smoke", published))["publish_results"].deps == ["data/code/publish_results.json"]
+    assert by_name(make_plan("smoke", published))["publish_results"].deps == [
+        "data/code/publish_results.json"
+    ]
     folder = Path("benchmarks/results/policy_distillation")
     folder.mkdir(parents=True)
     for name in ("online", "losses"):

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from stillhouse.agents import make_learner
+from stillhouse.agents import continue_training, continued_settings, make_learner
 from stillhouse.checkpoint import load_state, save_state
 from stillhouse.envs.make import EnvironmentConfig
 from stillhouse.errors import StillhouseError
+from stillhouse.networks.multi_task import NetworkSize
 from stillhouse.types import Learner
 
 torch.set_num_threads(1)
@@ -86,6 +87,30 @@ def test_interrupted_and_uninterrupted_end_in_the_same_bytes(
     save_state(tmp_path / "b", resumed.get_state())
     for name in ("state.safetensors", "state.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize("algorithm", SETTINGS)
+def test_a_training_is_gone_on_with_by_another(algorithm: str, tmp_path: Path) -> None:
+    first = learner(algorithm, "cartpole")
+    list(first.train())
+    save_state(tmp_path / "state", first.get_state())
+    settings = continued_settings(SETTINGS[algorithm], 256, 0.5)
+    assert settings["env_steps"] == 256 and settings["network"] == NetworkSize(**SIZE).model_dump(mode="json")
+    assert settings["learning_rate"] == first.config.learning_rate / 2  # type: ignore[attr-defined]
+    ends = []
+    for seed in (1, 1, 2):
+        second = make_learner(settings, "cartpole", ENVIRONMENTS["cartpole"], seed)
+        continue_training(second, load_state(tmp_path / "state"))
+        assert weights(second) == weights(first) and second.env_steps == 0
+        moments = second.parameters.get_state()
+        assert all(np.array_equal(moments[key], first.parameters.get_state()[key]) for key in moments)
+        if algorithm == "dqn":
+            assert second.replay.size == first.replay.size  # type: ignore[attr-defined]
+            assert second.epsilon() == second.config.epsilon_end  # type: ignore[attr-defined]
+        reports = list(second.train())
+        assert reports[-1].done == 256
+        ends.append(weights(second))
+    assert ends[0] == ends[1] != ends[2] and ends[0] != weights(first)
 
 
 @pytest.mark.parametrize("algorithm", SETTINGS)

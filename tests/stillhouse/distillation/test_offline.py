@@ -494,6 +494,27 @@ def test_teachers_with_other_action_sets_can_share_a_head(
         config(size=size, loss="mse")
 
 
+@pytest.mark.parametrize("loss", ["kl", "mse"])
+def test_a_student_goes_on_from_another(datasets: dict[str, Dataset], loss: str) -> None:
+    first = Distillation(config(loss=loss), datasets, seed=0)
+    list(first.train())
+    student = first.student()
+    second = Distillation(config(loss=loss), datasets, seed=1, initial=student)
+    second.training.measure(dict.fromkeys(datasets, 0.0))
+    for name in datasets:
+        begun, ended = (run.training.best[f"agreement/{name}"] for run in (second, first))
+        assert begun == pytest.approx(ended, abs=0.1), "before any update it plays like the one it came from"
+    observations = torch.from_numpy(datasets["line"].observations(np.arange(50)))
+    torch.testing.assert_close(
+        second.student()(observations, "line"), student(observations, "line"), rtol=1e-3, atol=1e-3
+    )
+    with pytest.raises(StillhouseError, match="to go on from is another network"):
+        Distillation(config(loss=loss, size=NetworkSize(features=7)), datasets, seed=1, initial=student)
+    other = "mse" if loss == "kl" else "kl"
+    with pytest.raises(StillhouseError, match="to go on from is another network"):
+        Distillation(config(loss=other), datasets, seed=1, initial=student)
+
+
 def test_mse_needs_teachers_of_one_kind(tmp_path: Path) -> None:
     datasets = {
         "line": make_dataset(tmp_path / "line", ENVIRONMENTS["line"]),

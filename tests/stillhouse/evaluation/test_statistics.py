@@ -54,6 +54,35 @@ def test_normalised_score_is_elementwise() -> None:
     np.testing.assert_array_equal(scores, [[0.5, np.nan]])
 
 
+def test_paired_improvement_by_hand() -> None:
+    random = np.zeros((4, 2))
+    current = np.full((4, 2), 10.0)
+    # Better by a tenth on every episode of the first, the same on the second: in every resample.
+    candidate = current * np.array([1.1, 1.0])
+    probability, scores = statistics.paired_improvement(candidate, current, random, 0, 500)
+    assert probability == 1
+    np.testing.assert_allclose(scores, [1.1, 1.0])
+    assert statistics.paired_improvement(current, current, random, 0, 500)[0] == 0  # the same is not better
+    # One environment up by a half, the other down by a third: sqrt(1.5 * 2 / 3) = 1, and rounding does not decide.
+    candidate = current * np.array([1.5, 0.6])
+    assert statistics.paired_improvement(candidate, current, random, 0, 500)[0] == 0
+
+
+def test_paired_improvement_takes_the_episodes_in_pairs() -> None:
+    generator = np.random.default_rng(0)
+    current = generator.normal(100, 50, (60, 1))  # episodes differ by far more than the agents do
+    random = np.zeros_like(current)
+    paired = statistics.paired_improvement(current + 1, current, random, 0, 2000)[0]
+    unpaired = statistics.paired_improvement(generator.permutation(current + 1), current, random, 0, 2000)[0]
+    assert paired == 1 and unpaired < 0.9
+
+
+def test_paired_improvement_knows_no_better_where_there_is_no_scale() -> None:
+    random, current = np.full((5, 2), 3.0), np.array([[10.0, 3.0]] * 5)
+    probability, scores = statistics.paired_improvement(current + 5, current, random, 0, 100)
+    assert probability == 0 and scores[0] > 1 and math.isnan(scores[1])
+
+
 def test_geometric_mean_has_a_floor() -> None:
     assert statistics.geometric_mean(np.array([[0.5, 2.0]])) == pytest.approx(1.0)
     assert statistics.geometric_mean(np.array([[-3.0, 1.0]])) == pytest.approx(0.1)  # sqrt(0.01 * 1)
