@@ -240,6 +240,9 @@ def test_what_a_dvc_file_tracks_is_verified_too(chain):
     assert broken() == {"kept/one": ("missing", "sound")}
     mend()
     assert broken() == {}
+    Path("later.dvc").write_text("outs:\n- path: later\n")  # declared, and not made yet
+    subprocess.run(["git", "add", "later.dvc"], check=True)
+    assert broken() == {}
 
 
 def test_a_lock_that_cannot_be_read_is_one_line(chain):
