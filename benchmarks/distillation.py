@@ -444,27 +444,27 @@ ARMS: dict[str, tuple[bool, bool, dict[str, Any]]] = {
         True,
         {"loss": "mse", "normalise_loss": True, "environment_patience": 2},
     ),
-    "kl, tau 0.01": (False, False, {"loss": "kl"}),
-    "kl, scaled, tau 0.01": (True, False, {"loss": "kl"}),
+    "kl, tau 0.01": (False, False, {"loss": "kl", "temperature": 0.01}),
+    "kl, scaled, tau 0.01": (True, False, {"loss": "kl", "temperature": 0.01}),
     "kl, scaled, tau from the action gap": (
         True,
         False,
-        {"loss": "kl", "temperature_rule": "action_gap", "greedy_odds": 50.0},
+        {"loss": "kl", "greedy_odds": 50.0},
     ),
     "kl, scaled and cut, tau from the action gap": (
         True,
         True,
-        {"loss": "kl", "temperature_rule": "action_gap", "greedy_odds": 50.0},
+        {"loss": "kl", "greedy_odds": 50.0},
     ),
     "kl, scaled and cut, tau from the action gap, normalised": (
         True,
         True,
-        {"loss": "kl", "temperature_rule": "action_gap", "greedy_odds": 50.0, "normalise_loss": True},
+        {"loss": "kl", "greedy_odds": 50.0, "normalise_loss": True},
     ),
     "kl, scaled and cut, tau from the action gap, resting": (
         True,
         True,
-        {"loss": "kl", "temperature_rule": "action_gap", "greedy_odds": 50.0, "environment_patience": 2},
+        {"loss": "kl", "greedy_odds": 50.0, "environment_patience": 2},
     ),
 }
 

@@ -292,7 +292,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "kl 0.01": {"temperature": 0.01},
     "kl 0.1": {"temperature": 0.1},
     "kl 1": {"temperature": 1.0},
-    "kl gap": {"temperature": None, "temperature_rule": "action_gap"},
+    "kl gap": {"temperature": None},
 }
 PPO_GAMES = ("asterix", "breakout")
 PPO_STEPS = 1_000_000

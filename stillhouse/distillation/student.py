@@ -48,8 +48,7 @@ from stillhouse.networks.multi_task import (
 from stillhouse.networks.parameters import FlatParameters
 from stillhouse.types import EnvironmentSpec, OutputKind
 
-# Sharpens Q-values, whose action gaps are small; logits are a policy already.
-DEFAULT_TEMPERATURE: dict[OutputKind, float] = {"q_values": 0.01, "logits": 1.0}
+LOGITS_TEMPERATURE = 1.0  # they are a policy already
 # Agreement on so many rows has a standard error below 0.8 %; more would only take time.
 MAXIMUM_HOLDOUT_ROWS = 4096
 # Mean and deviation of the teacher's outputs are taken over at most so many rows, evenly spaced.
@@ -109,17 +108,13 @@ class StudentConfig(Config):
         default=None,
         gt=0,
         le=1000,
-        description="kl: divides the teacher's outputs; null: 0.01 for Q-values, 1 for logits",
-    )
-    temperature_rule: Literal["fixed", "action_gap"] = Field(
-        default="fixed",
-        description="kl: action_gap gives every teacher of Q-values a temperature of its own, from greedy_odds",
+        description="kl: divides the teacher's outputs; null: for Q-values from their mean action gap and greedy_odds, 1 for logits",
     )
     greedy_odds: float = Field(
         default=2.0,
         gt=1,
         le=1e9,
-        description="action_gap: in a state of mean action gap the teacher's best action is so many times as probable as its "
+        description="kl without a temperature: in a state of mean action gap the teacher's best action is so many times as probable as its "
         "second best",
     )
     batch_size: int = Field(default=256, ge=1, le=65536, description="transitions per environment and update")
@@ -181,12 +176,6 @@ class StudentConfig(Config):
         if not all(value > 0 for value in values.values()):
             raise ValueError("numbers greater than 0 are allowed")
         return values
-
-    @model_validator(mode="after")
-    def _one_temperature(self) -> Self:
-        if self.temperature_rule == "action_gap" and self.temperature is not None:
-            raise ValueError("either a temperature or temperature_rule action_gap is allowed, not both")
-        return self
 
     @model_validator(mode="after")
     def _own_heads_for_q_values(self) -> Self:
@@ -674,12 +663,17 @@ def _output_kind(config: StudentConfig, data: Mapping[str, LabelledData]) -> Out
 
 
 def _temperature(config: StudentConfig, name: str, teacher: TeacherFacts) -> float:
-    if config.temperature_rule == "fixed" or teacher.output == "logits" or teacher.environment.actions == 1:
-        return config.temperature or DEFAULT_TEMPERATURE[teacher.output]
+    if (
+        config.temperature
+        or teacher.output == "logits"
+        or teacher.environment.actions == 1
+        or config.loss != "kl"
+    ):
+        return config.temperature or LOGITS_TEMPERATURE
     if not teacher.mean_action_gap > 0:
         raise StillhouseError(
-            f"{name}: temperature_rule action_gap was given, but its teacher prefers no action anywhere (mean action gap "
-            f"{teacher.mean_action_gap:g}); train that teacher longer, or use the rule fixed"
+            f"{name}: its teacher prefers no action anywhere (mean action gap {teacher.mean_action_gap:g}), so no temperature can be "
+            "taken from it; train that teacher longer, or give a temperature"
         )
     return action_gap_temperature(teacher.mean_action_gap, config.greedy_odds)
 

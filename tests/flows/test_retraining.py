@@ -109,10 +109,8 @@ def test_production_is_promoted_trained_on_replaced_and_put_back(clone: Path) ->
         json.loads((path / "data/evaluation/promotion.json").read_text()) for path in worktrees.iterdir()
     ]
     assert sorted(decision["generation"] for decision in decisions) == [1, 2]
-    teachers = [
-        (path / "data/teachers/easy-s0/weights.safetensors").read_bytes() for path in worktrees.iterdir()
-    ]
-    assert teachers[0] != teachers[1], "each attempt has random numbers of its own"
+    datasets = [(path / "data/datasets/easy-s0/manifest.json").read_text() for path in worktrees.iterdir()]
+    assert datasets[0] != datasets[1], "each attempt has random numbers of its own"
     assert git(clone, "rev-parse", "HEAD") == head
 
 

@@ -414,17 +414,22 @@ def test_the_temperature_follows_the_action_gap(tmp_path: Path) -> None:
             ("policy", 1.0, "logits"),
         )
     }
-    small, large, policy = temperatures(config(temperature_rule="action_gap", greedy_odds=20), datasets)
+    small, large, policy = temperatures(config(greedy_odds=20), datasets)
     assert policy == 1.0
     for name, temperature in (("small", small), ("large", large)):
         gap = np.abs(np.diff(datasets[name].column("outputs"), axis=1)).mean()
         # In a state of mean gap the odds of the best action against the second best are 20 to 1.
         assert np.exp(gap / temperature) == pytest.approx(20, rel=1e-3)
     flat = {"line": make_dataset(tmp_path / "flat", ENVIRONMENTS["line"], scale=0.0)}
-    with pytest.raises(StillhouseError, match=r"line: temperature_rule action_gap.*prefers no action"):
-        Distillation(config(temperature_rule="action_gap"), flat, seed=0)
-    with pytest.raises(StillhouseError, match=r"^distill_student.x: either a temperature"):
-        parse(DistillationConfig, {"temperature": 1.0, "temperature_rule": "action_gap"}, "distill_student.x")
+    with pytest.raises(
+        StillhouseError, match=r"line: its teacher prefers no action anywhere.*give a temperature"
+    ):
+        Distillation(config(), flat, seed=0)
+    assert (
+        temperatures(config(temperature=0.3), flat)
+        == temperatures(config(temperature=0.3), datasets)[:1]
+        == [0.3]
+    )
 
 
 @pytest.mark.parametrize("fraction", [0.02, 0.1, 0.5, 1.0])
@@ -472,7 +477,7 @@ def test_a_loss_that_is_not_finite_stops_without_a_result(tmp_path: Path) -> Non
     outputs = np.zeros((600, 2), np.float32)
     outputs[::7] = np.nan
     datasets = {"line": make_dataset(tmp_path / "line", ENVIRONMENTS["line"], outputs=outputs)}
-    distillation = Distillation(config(), datasets, seed=0)
+    distillation = Distillation(config(temperature=0.01), datasets, seed=0)
     with pytest.raises(StillhouseError, match=r"not finite after 50 updates.*learning_rate"):
         list(distillation.train())
     with pytest.raises(StillhouseError, match="not been trained"):
@@ -522,7 +527,7 @@ def test_mse_needs_teachers_of_one_kind(tmp_path: Path) -> None:
     }
     with pytest.raises(StillhouseError, match=r"line q_values, grid logits"):
         Distillation(config(loss="mse"), datasets, seed=0)
-    assert temperatures(config(), datasets) == [0.01, 1.0]
+    assert temperatures(config(), datasets)[1] == 1.0
     assert temperatures(config(temperature=0.3), datasets) == [0.3, 0.3]
 
 
@@ -537,7 +542,6 @@ def test_weights_for_an_unknown_environment_are_refused(datasets: dict[str, Data
         ("temperature", 0),
         ("temperature", -0.01),
         ("greedy_odds", 1),
-        ("temperature_rule", "gap"),
         ("batch_shares", {"line": -1}),
         ("feature_weight", -0.01),
         ("method", "online"),
