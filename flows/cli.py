@@ -7,7 +7,9 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
+import tempfile
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +30,7 @@ EXAMPLES = """examples:
   stillhouse reproduce evaluate             run recorded stages again: the same bytes?
   stillhouse report                         where the report lies; --open shows it
   stillhouse up                             the Prefect UI with every deployment, until `stillhouse down`
+  stillhouse push                           results and run-cache to the DVC remote; `stillhouse pull` brings them back
 """
 
 
@@ -105,6 +108,24 @@ def _parser() -> argparse.ArgumentParser:
         )
     run.add_argument(
         "--workers", type=int, default=0, metavar="N", help="stages at a time (default: as many as cores)"
+    )
+    run.add_argument(
+        "--runner",
+        default="threads",
+        choices=["threads", "dask", "ray"],
+        help="what runs the stages (default: threads)",
+    )
+    run.add_argument(
+        "--address",
+        default="",
+        metavar="ADDRESS",
+        help="Dask scheduler or Ray cluster (default: one on this machine)",
+    )
+    run.add_argument(
+        "--exchange",
+        default="shared",
+        choices=["shared", "remote"],
+        help="workers share this host's folders, or only a git remote and a DVC remote (default: shared)",
     )
     run.add_argument(
         "--in-place", action="store_true", help="run in the checkout itself, not in a worktree of its own"
@@ -239,6 +260,15 @@ def _parser() -> argparse.ArgumentParser:
             metavar="REV",
             help=f"git revision, or DVC experiment, whose dvc.lock counts (default: {revision})",
         )
+    for name, text in (
+        ("push", "copy all results and the run-cache to the DVC remote"),
+        ("pull", "copy all results and the run-cache from the DVC remote"),
+    ):
+        sub = command(name, _transfer, text)
+        sub.add_argument(
+            "--remote", default="", metavar="NAME", help="which one (default: the default remote)"
+        )
+        sub.set_defaults(direction=name)
 
     report = command("report", _report, "where the latest report lies")
     report.add_argument("--open", action="store_true", help="show it in the browser")
@@ -321,9 +351,12 @@ def _check_server(url: str) -> None:
 
 def _run_flow(arguments: argparse.Namespace) -> int:
     from flows.distillation import distillation
+    from flows.runners import ALLOWED
     from flows.workspace import in_place
 
     in_place.set(_in_place(arguments))
+    if arguments.address:
+        os.environ[ALLOWED] = arguments.address  # whoever sits at this terminal decides what it trusts
     parameters: dict[str, Any] = {
         "suite": arguments.suite,
         "seeds": arguments.seeds,
@@ -338,6 +371,9 @@ def _run_flow(arguments: argparse.Namespace) -> int:
         "downstream": arguments.downstream_,
         "force": arguments.force_,
         "workers": arguments.workers,
+        "runner": arguments.runner,
+        "address": arguments.address,
+        "exchange": arguments.exchange,
         "revision": arguments.revision,
     }
     return _finish(distillation, parameters)
@@ -571,6 +607,21 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             f"lowest {returns.min():9.2f}   highest {returns.max():9.2f}   {len(returns)} episodes"
         )
     return 0
+
+
+def _transfer(arguments: argparse.Namespace) -> int:
+    from flows.workspace import find_checkout
+
+    with tempfile.TemporaryDirectory(prefix="stillhouse-") as folder:
+        answer = Path(folder, "answer.json")
+        argv = [sys.executable, "-m", "tasks.dvc_stage", "--answer", str(answer)]
+        argv += [arguments.direction, f"--remote={arguments.remote}"]
+        # An empty PYTHONSAFEPATH is none: modules must be found in the current folder.
+        environment = {**os.environ, "PYTHONSAFEPATH": ""}
+        done = subprocess.run(argv, cwd=find_checkout(Path.cwd()), env=environment, check=False)
+        if done.returncode == 0:
+            print(f"{json.loads(answer.read_text())['files']} files {arguments.direction}ed")
+    return done.returncode
 
 
 def _report(arguments: argparse.Namespace) -> int:

@@ -19,6 +19,7 @@ from rich.markup import escape
 from flows.display import console
 from flows.graph import Outcome, run_graph
 from flows.results import publish, run_facts, show
+from flows.runners import Address, Cluster, Exchange, Runner
 from flows.workspace import find_checkout, in_checkout, in_place, own_worktree, plan
 from stillhouse.errors import StillhouseError
 from tasks.run_stage import call_dvc
@@ -78,6 +79,12 @@ def distillation(
     downstream: Words = [],  # noqa: B006
     force: Words = [],  # noqa: B006
     workers: Annotated[int, Field(ge=0, le=256)] = 0,
+    runner: Annotated[Runner, Field(description="what runs the stages")] = Runner.threads,
+    address: Address = "",
+    exchange: Annotated[
+        Exchange,
+        Field(description="workers share this host's folders, or only a git remote and a DVC remote"),
+    ] = Exchange.shared,
     revision: Revision = "",
 ) -> Any:
     """Train teachers, distil them into students, move those to new environments, judge and report.
@@ -105,6 +112,8 @@ def distillation(
     try:
         if revision.startswith("-"):
             raise StillhouseError(f"revision: {revision!r} is not a git revision")
+        cluster = Cluster(runner, address, exchange)
+        cluster.check()
         checkout = find_checkout(Path.cwd())
         here = in_place.get()
         if here and revision:
@@ -117,7 +126,7 @@ def distillation(
             name = workspace.relative_to(checkout)
             if not here:
                 console.print(f"workspace {name}")
-            outcome = _run(workspace, checkout, suite, overrides, selection, workers)
+            outcome = _run(workspace, checkout, suite, overrides, selection, workers, cluster)
             saved = not here and not outcome.failed and save_experiment(workspace, experiment)
     except StillhouseError as error:
         return Failed(name="Rejected", message=str(error))  # nothing ran: what was asked for cannot be done
@@ -156,10 +165,11 @@ def _run(
     overrides: list[str],
     selection: dict[str, list[str]],
     workers: int,
+    cluster: Cluster,
 ) -> Outcome:
     stages = plan(workspace, suite, overrides, *(["--in-place-run"] if workspace == checkout else []))
     get_run_logger().info("%s in %s", run_facts(workspace), workspace)
-    outcome = run_graph(stages, workspace, workers=workers, **selection)
+    outcome = run_graph(stages, workspace, workers=workers, cluster=cluster, **selection)
     # What an earlier run has left there must not pass for this one's.
     if reason := outcome.lacks("report"):
         console.print(f"no new report: {escape(reason)}")

@@ -4,22 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import os
 import queue
-from collections.abc import Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
+from prefect.states import Crashed
 
 from flows.display import Display
+from flows.runners import Cluster, Exchange, Pool, Runner, pool_of
 from stillhouse.config import near
 from stillhouse.errors import StillhouseError
-from tasks.plan import Stage
-from tasks.run_stage import begin, read_progress, run_stage, stop_all
+from stillhouse.files import write_atomic
+from tasks.plan import DVC_LOCK, Stage
+from tasks.run_stage import (
+    LOGS,
+    begin,
+    read_progress,
+    receive_stage,
+    run_stage,
+    send_stage,
+    stop_all,
+    work_stage,
+)
+from tasks.worker import Parcel, pack
 
 POLL_SECONDS = 0.5
+
+# A stage's tasks, one after another: each is yielded, and its final state sent back; the last word is the stage's state.
+Steps = Generator[PrefectFuture[Any], State[Any], State[Any]]
 
 
 @dataclass
@@ -125,37 +141,57 @@ def run_graph(
     downstream: list[str],
     force: list[str],
     workers: int = 0,
+    cluster: Cluster = Cluster(),  # noqa: B008 - frozen
 ) -> Outcome:
-    """Bring the chosen stages up to date, ``workers`` at a time (0: as many as there are cores).
+    """Bring the chosen stages up to date, ``workers`` at a time (0: as many as there are cores, or as ``cluster`` has).
 
-    A stage is submitted when what it reads is final, so that none occupies a thread while it waits. What depends on
+    A stage is submitted when what it reads is final, so that none occupies a worker while it waits. What depends on
     a failed stage is not run; all else is.
 
     Raises:
-        StillhouseError: a word that means no stage, or the code cannot be digested.
+        StillhouseError: a word that means no stage, the code cannot be digested, or the workers cannot be used.
     """
-    stages = [stage for stage in plan if not stage.always_changed]
-    chosen = select(stages, only, from_, downstream)
-    forced = matching(stages, force, "force")
+    stages = {stage.name: stage for stage in plan if not stage.always_changed}
+    chosen = select(list(stages.values()), only, from_, downstream)
+    forced = matching(list(stages.values()), force, "force")
+    in_git = [path for stage in plan for path in stage.in_git]
+    parcel = pack(workspace, in_git) if cluster.exchange is Exchange.remote else None
     stop_all.clear()
-    stale = set(begin(str(workspace), [stage.name for stage in chosen]))
+    asked = begin(str(workspace), [stage.name for stage in chosen], parcel is not None)
+    stale = set(asked["stale"])
+    if not stale and not forced:
+        cluster = Cluster()  # nothing to do elsewhere
     parents = edges(chosen)
     rank = priorities(chosen)
-    # `sched_getaffinity` counts the cores that this process may use.
-    free = workers or len(os.sched_getaffinity(0))
     waiting = {stage.name: set(parents[stage.name]) for stage in chosen}
+    going: dict[str, Steps] = {}
     running: dict[str, PrefectFuture[Any]] = {}
     renewed: set[str] = set()  # went through DVC: what reads from them must be asked again
     finished: queue.Queue[str] = queue.Queue()
     outcome = Outcome()
 
-    with Display(len(chosen)) as display, ended_in_order(running):
+    with (
+        pool_of(cluster, workers) as pool,
+        Display(len(chosen)) as display,
+        ended_in_order(running, pool.stop),
+    ):
+        free = pool.slots
 
-        def submit(name: str, fresh: bool) -> None:
-            display.start(name, fresh)
-            future = run_stage.submit(name, str(workspace), fresh, name in forced)
-            running[name] = future
-            future.add_done_callback(lambda _: finished.put(name))
+        def steps(name: str, fresh: bool) -> Steps:
+            one = _One(name, str(workspace), name in forced, asked["device"])
+            # What is up to date is nothing to send away; what git keeps, DVC cannot bring back.
+            if fresh or cluster.runner is Runner.threads or (parcel and stages[name].in_git):
+                return one.here(fresh)
+            return one.with_remote(pool, parcel) if parcel else one.with_workspace(pool)
+
+        def go_on(name: str, state: State[Any] | None) -> State[Any] | None:
+            """Submit the stage's next task; its state, where none is left."""
+            try:
+                running[name] = next(going[name]) if state is None else going[name].send(state)
+            except StopIteration as end:
+                return end.value
+            running[name].add_done_callback(lambda _: finished.put(name))
+            return None
 
         def is_fresh(name: str) -> bool:
             return name not in stale and name not in forced and not parents[name] & renewed
@@ -170,7 +206,9 @@ def run_graph(
                     free -= not fresh
                     renewed |= set() if fresh else {name}
                     del waiting[name]
-                    submit(name, fresh)
+                    display.start(name, fresh)
+                    going[name] = steps(name, fresh)
+                    go_on(name, None)
             display.update({name: read_progress(workspace, name) for name in running if name in renewed})
             try:
                 name = finished.get(timeout=POLL_SECONDS)
@@ -178,7 +216,9 @@ def run_graph(
                 continue
             future = running.pop(name)
             future.wait()  # before this, `state` asks the server, which learns of it a little later
-            state = future.state
+            state = go_on(name, _final(future))
+            if state is None:
+                continue
             free += name in renewed
             display.finish(name, state.name or "", state.message or "")
             if state.is_completed():
@@ -193,14 +233,67 @@ def run_graph(
     return outcome
 
 
+@dataclass(frozen=True)
+class _One:
+    """One stage of a run, and the ways to bring it up to date."""
+
+    name: str
+    workspace: str
+    force: bool
+    device: str
+
+    def here(self, fresh: bool) -> Steps:
+        """In a thread of this process."""
+        return (yield run_stage.submit(self.name, self.workspace, fresh, self.force, self.device))
+
+    def with_workspace(self, pool: Pool) -> Steps:
+        """On a worker that has the run's folder under the same path."""
+        parameters = {"stage": self.name, "workspace": self.workspace, "fresh": False, "force": self.force}
+        return (yield pool.submit(run_stage, parameters | {"device": self.device, "elsewhere": True}))
+
+    def with_remote(self, pool: Pool, parcel: Parcel) -> Steps:
+        """On a worker that gets its inputs from the DVC remote, and leaves its outs there; DVC restores them here."""
+        sent = yield send_stage.submit(self.name, self.workspace, self.force)
+        if not sent.is_completed():
+            return sent
+        if sent.name == "Cached":
+            return (yield from self.here(fresh=True))  # for the record, under the stage's own name
+        parameters: dict[str, Any] = {"stage": self.name, "force": self.force, "device": self.device}
+        parameters["parcel"] = parcel | {str(DVC_LOCK): _data(sent)["lock"]}
+        done = yield pool.submit(work_stage, parameters)
+        made = _data(done)
+        if "log" in made:  # there is none where the worker could not begin, or was lost
+            write_atomic(Path(self.workspace) / LOGS / f"{self.name}.log", made["log"])
+        if not done.is_completed():
+            return done
+        received = yield receive_stage.submit(
+            self.name, self.workspace, self.force, made["entry"], made["processor"]
+        )
+        return done if received.is_completed() else received
+
+
+def _data(state: State[Any]) -> dict[str, str]:
+    """What a task has returned beside its state."""
+    return getattr(state.data, "result", None) or {}
+
+
+def _final(future: PrefectFuture[Any]) -> State[Any]:
+    state = future.state
+    return state if state.is_final() else Crashed(message="its worker was lost, or could not take the stage")
+
+
 @contextlib.contextmanager
-def ended_in_order(running: dict[str, PrefectFuture[Any]]) -> Any:
+def ended_in_order(
+    running: dict[str, PrefectFuture[Any]],
+    stop: Callable[[list[PrefectFuture[Any]]], None] = lambda _: stop_all.set(),
+) -> Iterator[None]:
     """When the block ends early (Ctrl-C, a cancelled run), stop every stage and wait until it is gone."""
     try:
         yield
     except BaseException:
-        stop_all.set()
-        for future in list(running.values()):
+        futures = list(running.values())
+        stop(futures)
+        for future in futures:
             with contextlib.suppress(Exception):
                 future.wait(30)
         raise

@@ -17,6 +17,7 @@ from stillhouse.errors import StillhouseError
 from tasks.git import git
 from tasks.plan import Stage, read_plan
 from tasks.stage import DVC_YAML, PIPELINE, cache_folder
+from tasks.worker import write_local_config
 
 PRIVATE = Path(".stillhouse")
 
@@ -145,7 +146,7 @@ def make_worktree(checkout: Path, name: str, revision: str, *, share_cache: bool
     if not revision:
         _copy_uncommitted(checkout, path)
     cache = cache_folder(checkout) if share_cache else path / ".dvc" / "cache"
-    (path / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {cache}\n")
+    write_local_config(checkout, path, cache)
     return path
 
 

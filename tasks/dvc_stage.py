@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import shutil
 import signal
@@ -17,19 +18,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import dvc.dvcfile
-from dvc.exceptions import DvcException, ReproductionError
+import dvc.stage.cache
+from dvc.config import NoRemoteError
+from dvc.exceptions import CheckoutError, DvcException, FileTransferError, ReproductionError
+from dvc.fs import generic
 from dvc.lock import LockError
 from dvc.repo import Repo
 from dvc.stage.exceptions import StageCmdFailedError
+from dvc.stage.serialize import to_single_stage_lockfile
 
 from stillhouse.errors import StillhouseError
 from stillhouse.files import write_json
-from tasks.machine import MACHINES, record
+from tasks.digest_code import FOLDER as CODE
+from tasks.digest_code import environment
+from tasks.machine import MACHINES, processor, record
 from tasks.recorded import read_recorded
 from tasks.stage import (
     DVC_YAML,
@@ -126,9 +134,28 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def run(name: str, force: bool) -> dict[str, Any]:
-    """Bring one stage up to date; ``executed`` says whether its command ran (or it was unchanged or restored)."""
+def run(name: str, force: bool, check: bool = False, exchange: bool = False) -> dict[str, Any]:
+    """Bring one stage up to date.
+
+    Args:
+        name: of the stage.
+        force: run it even where it is up to date.
+        check: compare the versions installed here with those that the code was digested with.
+        exchange: pull what the stage reads, and push what it makes.
+
+    Returns:
+        ``executed``: whether its command ran (or it was unchanged or restored). With ``exchange``, ``entry``: under which name
+        the run-cache has it; ``processor``: that has just made it, or none.
+
+    Raises:
+        StillhouseError: the stage's command failed (it has said why), or DVC could not do its part.
+    """
     repo = _open()
+    if exchange:
+        _ask_remote_for_runs()
+        _pull_inputs(repo, name)
+    if check:
+        _check_versions(name)
     with tempfile.TemporaryDirectory(prefix="stillhouse-") as folder:
         marker = Path(folder, "executed")
         os.environ[MARKER_FILE] = str(marker)
@@ -142,25 +169,268 @@ def run(name: str, force: bool) -> dict[str, Any]:
         signal.signal(signal.SIGTERM, stop)
         # Held from before DVC looks: whoever waits here finds the other run's result in the run-cache.
         with hold_scratch(inputs_key(stage_entry(name))) as scratch:
-            _reproduce(repo, name, marker, force=force)
+            _reproduce(repo, name, marker, force=force, pull=exchange)
             clear_scratch(scratch)
-        if marker.exists():
-            # Without this note the stage is done all the same.
-            with repo.lock, contextlib.suppress(StillhouseError):
-                record(read_recorded(Path())[name], set(read_yaml(DVC_YAML)["stages"]))
-        return {"executed": marker.exists()}
+        made_on = processor() if marker.exists() else ""
+        _record(repo, name, made_on)
+        pushed = {"entry": _push_outs(name), "processor": made_on} if exchange else {}
+        return {"executed": marker.exists(), **pushed}
 
 
-def begin(names: list[str]) -> dict[str, Any]:
-    """Digest the code, then say which of the stages are stale: in one process for the whole plan."""
+def _record(repo: Repo, name: str, made_on: str) -> None:
+    """Note which kind of processor has just made a stage's outs; empty: they are older."""
+    if made_on:
+        # Without this note the stage is done all the same.
+        with repo.lock, contextlib.suppress(StillhouseError):
+            record(read_recorded(Path())[name], set(read_yaml(DVC_YAML)["stages"]), made_on)
+
+
+def _check_versions(name: str) -> None:
+    """A stage must compute with what stands in its code digest, or equal inputs would not give equal bytes."""
+    digest = next(
+        (Path(dep) for dep in stage_entry(name).get("deps", []) if dep.startswith(f"{CODE}/")), None
+    )
+    if digest is None:
+        return
+    wanted = json.loads(digest.read_text())["environment"]
+    found = environment(wanted["device"])
+    for key in sorted({*wanted, *found}):
+        if found.get(key) != wanted.get(key):
+            raise StillhouseError(
+                f"{key} is {found.get(key, 'absent')} on this worker, and {wanted.get(key, 'absent')} where the run was "
+                "started: install requirements.lock on both"
+            )
+
+
+def begin(names: list[str], exchange: bool = False) -> dict[str, Any]:
+    """Digest the code, then ask DVC about the stages: in one process for the whole plan.
+
+    Args:
+        names: of the stages.
+        exchange: see first whether the remote can be used.
+
+    Returns:
+        ``stale``: those that are. ``device``: what they compute on.
+
+    Raises:
+        StillhouseError: the code cannot be digested, or the remote cannot be used.
+    """
     repo = _open()
+    if exchange:
+        with _remote_errors():
+            remote = repo.cloud.get_remote_odb(None, "pull")
+            remote.fs.exists(remote.path)
     with tempfile.TemporaryDirectory(prefix="stillhouse-") as folder:
         _reproduce(repo, "digest_code", Path(folder, "never"))
     try:
         stale = Repo(".", _wait_for_lock=True).status(targets=names)
     except DvcException as error:
         raise StillhouseError(_one_line(error)) from error
-    return {"stale": sorted(set(names) & {str(stage) for stage in stale})}
+    digest = next(iter(sorted(CODE.glob("*.json"))), None)
+    device = json.loads(digest.read_text())["environment"]["device"] if digest else "cpu"
+    return {"stale": sorted(set(names) & {str(stage) for stage in stale}), "device": device}
+
+
+class _Runs(dvc.stage.cache.StageCache):  # type: ignore[misc] # DVC says nothing of types
+    """DVC's run-cache, with what the remote has of one stage. DVC itself copies all runs of all stages."""
+
+    def pull(self, remote: str | None, odb: Any = None) -> list[Any]:
+        return []  # `_load` asks for what it needs
+
+    def _load(self, stage: Any) -> Any:
+        self.fetch(stage)
+        return super()._load(stage)
+
+    def _folders(self, stage: Any) -> tuple[Path, Any, str]:
+        key = dvc.stage.cache._get_stage_hash(stage)
+        remote = self.repo.cloud.get_remote_odb(None, "pull", hash_name="md5-dos2unix")
+        return Path(self._get_cache_dir(key)), remote.fs, remote.fs.join(remote.path, "runs", key[:2], key)
+
+    def fetch(self, stage: Any) -> Path:
+        """Copy the remote's runs of the stage with its present inputs; the folder that they are in then."""
+        folder, remote, there = self._folders(stage)
+        if remote.exists(there):
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in remote.find(there):
+                if not (target := folder / remote.name(path)).exists():
+                    temporary = folder.parent / f"{target.name}.{os.getpid()}"
+                    generic.copy(remote, path, self.repo.cache.legacy.fs, str(temporary))
+                    os.replace(temporary, target)
+        return folder
+
+    def push_one(self, stage: Any) -> str:
+        """Copy the stage's last run to the remote; the name of its entry."""
+        self.save(stage)
+        name: str = dvc.stage.cache._get_cache_hash(to_single_stage_lockfile(stage))
+        folder, remote, there = self._folders(stage)
+        generic.copy(self.repo.cache.legacy.fs, str(folder / name), remote, remote.join(there, name))
+        return name
+
+
+def _ask_remote_for_runs() -> None:
+    """From now on in this process, DVC looks a stage's run up in the remote too."""
+    dvc.stage.cache.StageCache = _Runs
+
+
+class _Last(logging.Handler):
+    """The last error that DVC has logged. It raises no more than how many files failed."""
+
+    text = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.ERROR:
+            cause = record.exc_info[1] if record.exc_info else None
+            self.text = f": {record.getMessage()}" + (f": {_one_line(cause)}" if cause else "")
+
+
+@contextlib.contextmanager
+def _remote_errors() -> Iterator[None]:
+    """Whatever goes wrong with a remote, as one line: each kind of storage has errors of its own."""
+    last = _Last()
+    loggers = [logging.getLogger(name) for name in ("dvc", "dvc_data", "dvc_objects")]
+    handlers = [logger.handlers for logger in loggers]
+    for logger in loggers:
+        logger.handlers = [last]
+    try:
+        yield
+    except NoRemoteError:
+        raise StillhouseError(
+            "no DVC remote is configured: `dvc remote add --default NAME URL`, with a folder, s3://BUCKET/PATH, ssh://HOST/PATH or "
+            "another address as URL"
+        ) from None
+    except ImportError as error:
+        extra = ": pip install 'stillhouse[s3]'" if "dvc-s3" in str(error) else ""
+        raise StillhouseError(f"the DVC remote cannot be used: {_one_line(error)}{extra}") from error
+    except CheckoutError as error:
+        lacking = sorted(error.target_infos)
+        raise StillhouseError(
+            f"the DVC remote lacks {lacking[0]}{f' and {len(lacking) - 1} more' if lacking[1:] else ''}: `stillhouse push` where it "
+            "was made"
+        ) from error
+    except FileTransferError as error:
+        raise StillhouseError(f"the DVC remote cannot be used: {_one_line(error)}{last.text}") from error
+    except StillhouseError:
+        raise
+    except Exception as error:
+        warnings.simplefilter("ignore", RuntimeWarning)  # of s3fs, about requests it has not come to
+        raise StillhouseError(f"the DVC remote cannot be used: {_with_causes(error)}") from error
+    finally:
+        for logger, before in zip(loggers, handlers, strict=True):
+            logger.handlers = before
+
+
+def _with_causes(error: BaseException) -> str:
+    said = [_one_line(error)]
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+        said.append(_one_line(error))
+    return ": ".join(dict.fromkeys(said))
+
+
+def _inputs(repo: Repo, name: str) -> list[str]:
+    """What the stage reads of other stages' outs."""
+    outs = {out.fs_path for out in repo.index.outs}
+    return [dep.def_path for dep in _stage(repo, name).deps if dep.fs_path in outs]
+
+
+def _stage(repo: Repo, name: str) -> Any:
+    (stage,) = repo.stage.collect(name)
+    return stage
+
+
+def _pull_inputs(repo: Repo, name: str) -> None:
+    with _remote_errors():
+        if inputs := _inputs(repo, name):
+            repo.pull(targets=inputs, force=True)
+
+
+def _push_outs(name: str) -> str:
+    repo = _open()
+    with _remote_errors():
+        repo.push(targets=[name])
+        with repo.lock:
+            entry: str = repo.stage_cache.push_one(_stage(repo, name))
+    return entry
+
+
+def _restored(repo: Repo, name: str) -> bool:
+    """Restore a stage from its last run with its present inputs, where this host or the remote knows one."""
+    stage = _stage(repo, name)
+    with _remote_errors(), repo.lock:
+        try:
+            repo.stage_cache.restore(stage, pull=True)
+        except dvc.stage.cache.RunCacheNotFoundError:
+            return False
+    with tempfile.TemporaryDirectory(prefix="stillhouse-") as folder:
+        _reproduce(_open(), name, Path(folder, "never"))  # finds everything here now
+    return True
+
+
+def send(name: str, force: bool) -> dict[str, Any]:
+    """Restore the stage, or push what it reads so that a worker can run it.
+
+    Returns:
+        ``restored``: whether it was. If not, ``lock``: the text of ``dvc.lock``.
+
+    Raises:
+        StillhouseError: the remote cannot be used.
+    """
+    _ask_remote_for_runs()
+    repo = _open()
+    if not force and _restored(repo, name):
+        return {"restored": True}
+    with _remote_errors():
+        if inputs := _inputs(repo, name):
+            repo.push(targets=inputs)
+    with repo.lock:
+        return {"restored": False, "lock": LOCK.read_text()}
+
+
+def receive(name: str, force: bool, entry: str, made_on: str) -> dict[str, Any]:
+    """Restore what a worker has pushed, under the name ``entry`` in the run-cache, and which kind of processor made it.
+
+    Raises:
+        StillhouseError: it is not on the remote.
+    """
+    _ask_remote_for_runs()
+    repo = _open()
+    stage = _stage(repo, name)
+    with _remote_errors(), repo.lock:
+        stage.save_deps()
+        run = repo.stage_cache.fetch(stage) / entry
+        if run.exists():
+            os.utime(run)  # DVC takes the newest
+            if force:
+                stage.dvcfile._lockfile.remove_stage(stage)
+    if not run.exists() or not _restored(_open(), name):
+        raise StillhouseError(
+            f"{name}: what the worker has made is not on the remote: is it the same one there and here (`dvc remote list`)?"
+        )
+    _record(repo, name, made_on)
+    return {"restored": True}
+
+
+def push(remote: str) -> dict[str, Any]:
+    """Copy the outs of all stages, and the run-cache, to a remote (empty: the default one).
+
+    Raises:
+        StillhouseError: the remote cannot be used.
+    """
+    repo, name = _open(), remote or None
+    with _remote_errors():
+        # The run-cache second, and not by `run_cache=True`: there DVC names every file that it cannot copy, and goes on.
+        return {"files": repo.push(remote=name) + len(repo.stage_cache.push(name))}
+
+
+def pull(remote: str) -> dict[str, Any]:
+    """Copy the outs of all stages, and the run-cache, from a remote (empty: the default one).
+
+    Raises:
+        StillhouseError: the remote cannot be used, or lacks something.
+    """
+    repo, name = _open(), remote or None
+    with _remote_errors():
+        return {"files": repo.pull(remote=name)["stats"]["fetched"] + len(repo.stage_cache.pull(name))}
 
 
 def fetch(targets: list[str], revision: str) -> dict[str, Any]:
@@ -240,7 +510,18 @@ def main() -> None:
     one = commands.add_parser("run")
     one.add_argument("name")
     one.add_argument("--force", action="store_true")
-    commands.add_parser("begin").add_argument("names", nargs="+")
+    one.add_argument("--check", action="store_true")
+    one.add_argument("--exchange", action="store_true")
+    for command in ("send", "receive"):
+        other = commands.add_parser(command)
+        other.add_argument("name")
+        if command == "receive":
+            other.add_argument("entry")
+            other.add_argument("processor")
+        other.add_argument("--force", action="store_true")
+    start = commands.add_parser("begin")
+    start.add_argument("--exchange", action="store_true")
+    start.add_argument("names", nargs="+")
     commands.add_parser("save").add_argument("name")
     bring = commands.add_parser("fetch")
     bring.add_argument("--revision", default="")
@@ -252,13 +533,15 @@ def main() -> None:
     track = commands.add_parser("add")
     track.add_argument("target", type=Path)
     track.add_argument("about", type=json.loads)
+    for command in ("push", "pull"):
+        commands.add_parser(command).add_argument("--remote", default="")
     arguments = parser.parse_args()
     _keep_before_each_write()
     try:
         if arguments.command == "run":
-            answer = run(arguments.name, arguments.force)
+            answer = run(arguments.name, arguments.force, arguments.check, arguments.exchange)
         elif arguments.command == "begin":
-            answer = begin(arguments.names)
+            answer = begin(arguments.names, arguments.exchange)
         elif arguments.command == "fetch":
             answer = fetch(arguments.targets, arguments.revision)
         elif arguments.command == "checkout":
@@ -267,6 +550,14 @@ def main() -> None:
             answer = add(arguments.target, arguments.about)
         elif arguments.command == "put":
             answer = put(arguments.source)
+        elif arguments.command == "send":
+            answer = send(arguments.name, arguments.force)
+        elif arguments.command == "receive":
+            answer = receive(arguments.name, arguments.force, arguments.entry, arguments.processor)
+        elif arguments.command == "push":
+            answer = push(arguments.remote)
+        elif arguments.command == "pull":
+            answer = pull(arguments.remote)
         else:
             answer = save(arguments.name)
         write_json(arguments.answer, answer)

@@ -40,11 +40,14 @@ def processor() -> str:
     return f"{name or platform.processor() or 'processor'} ({', '.join([platform.machine(), *widest])})"
 
 
-def record(entry: Entry, stages: set[str]) -> None:
-    """Note in the current folder that this machine has made the entry's outs; forget stages that are not in ``stages``."""
+def record(entry: Entry, stages: set[str], made_on: str = "") -> None:
+    """Note in the current folder that this machine, or one with another processor, has made the entry's outs.
+
+    Stages that are not in ``stages`` are forgotten.
+    """
     known = _parse(MACHINES.read_text() if MACHINES.exists() else None)
     kept = {name: row for name, row in known.items() if name in stages}
-    new = {**kept, entry.name: {"outs": _identity(entry), "processor": processor()}}
+    new = {**kept, entry.name: {"outs": _identity(entry), "processor": made_on or processor()}}
     if new != known:
         write_json(MACHINES, new)
 
