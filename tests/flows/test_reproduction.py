@@ -17,6 +17,7 @@ from toy_pipeline import dvc, runs, toy_stage
 from flows.reproduction import reproduction
 from tasks.machine import MACHINES, processor
 from tasks.plan import DVC_YAML, Stage, render
+from tasks.stage import cache_folder
 
 DIGEST = "data/code/toy.json"
 # Versions come from outside, the code is what the stage's file has.
@@ -105,6 +106,7 @@ def test_other_bytes_are_told_by_the_machine_that_made_the_recorded_ones(chain, 
     (kept_tree,) = worktrees()
     tree = Path(kept_tree.split()[0])
     assert (tree / "data/b").read_text() != Path("data/b").read_text()
+    assert cache_folder(tree).is_relative_to(tree)  # and with it the saved states of interrupted stages
     printed = capsys.readouterr().out
     assert f"kept in {tree.relative_to(chain)}" in printed
     assert re.search(r"from byte \d+ on; 24 bytes were recorded, here are 24", printed)
@@ -153,14 +155,20 @@ def test_the_files_that_differ_are_named_with_what_differs(chain, capsys):
 
 
 def test_a_stage_that_fails_or_writes_nothing_is_different(chain):
-    fail = "'failing' in os.getcwd() or os.path.exists('fail') and sys.exit('error: no luck')"
-    stages(toy_stage("a", script=fail))
+    fail = "os.path.exists('fail') and sys.exit('error: no luck')"
+    # Git has the page, so that the worktree has it before the stage is run.
+    page = Stage("page", ["sh", "-c", "test -e fail || echo page > page"], in_git=["page"])
+    stages(toy_stage("a", script=fail), page)
     dvc("repro")
+    commit_all()
+    assert reproduce("page")[0] == "Identical"
     Path("fail").write_text("")
     commit_all()
-    name, message = reproduce("a")
-    assert (name, message) == ("Different", "1 stage: a failed")
-    assert len(worktrees()) == 1
+    assert reproduce("a") == ("Different", "1 stage: a failed")
+    name, message = reproduce("page")
+    assert name == "Different"
+    assert message.startswith("1 stage: 1 out different")
+    assert len(worktrees()) == 2
 
 
 def test_other_versions_are_refused_with_what_to_build(chain, monkeypatch):
