@@ -44,7 +44,7 @@ def resolve(root: Path, revision: str) -> str:
     Raises:
         StillhouseError: it is neither.
     """
-    if re.match(REVISION, revision):
+    if re.fullmatch(REVISION, revision):
         with contextlib.suppress(StillhouseError):
             return git(root, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}").strip()
         found = git(root, "for-each-ref", "--format=%(objectname)", f"refs/exps/*/*/{revision}").split()

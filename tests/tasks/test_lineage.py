@@ -12,6 +12,7 @@ import pytest
 
 from stillhouse.errors import StillhouseError
 from tasks import machine
+from tasks.git import resolve
 from tasks.lineage import lines, trace
 from tasks.recorded import object_path, owners, read_recorded
 
@@ -140,6 +141,14 @@ def test_names_that_nothing_has(project):
     object_path(project / ".dvc/cache", cached.md5).unlink()
     with pytest.raises(StillhouseError, match="lost the list of its files; `stillhouse verify --repair`"):
         trace(project, "data/teachers/toy-s3/weights")
+
+
+def test_a_revision_is_a_name_and_nothing_else(project):
+    first = commit("first")
+    assert {resolve(project, name) for name in ("HEAD", first, first[:9], "HEAD~0", "HEAD@{0}")} == {first}
+    for name in ("HEAD\n", "--help", "", "HEAD dvc.lock", ":/first", "HEAD:dvc.lock", "HEAD~1", "nowhere"):
+        with pytest.raises(StillhouseError, match="neither a git revision nor a DVC experiment"):
+            resolve(project, name)
 
 
 def test_an_input_that_was_made_by_an_earlier_version_of_its_stage(project):
