@@ -298,6 +298,10 @@ def _with_prefect(checkout: Path, start: Callable[[], int], check: Callable[[], 
     os.chdir(checkout)
     spare_loopback_the_proxy()
     os.environ.setdefault("DO_NOT_TRACK", "1")
+    # As often as the service expects it, or it would take a long run for dead.
+    os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")
+    if secret := os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):
+        os.environ.setdefault("PREFECT_API_AUTH_STRING", secret)
     # The run speaks for itself here; Prefect's own log goes to the API.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     from prefect.logging.handlers import APILogHandler

@@ -12,7 +12,7 @@ from stillhouse.config import near
 from stillhouse.errors import StillhouseError
 from tasks.production import FOLDER, POINTER, Production, build, read_production
 from tasks.run_stage import call_dvc
-from tasks.stage import read_yaml
+from tasks.stage import cache_folder, read_yaml
 
 
 def promote(checkout: Path, workspace: Path, about: Production, why: str) -> str:
@@ -145,16 +145,25 @@ def read_yaml_text(text: str) -> dict[str, Any]:
 
 def _bring(checkout: Path) -> None:
     """The files that the pointer names, from the cache or else from the remote."""
-    try:
-        call_dvc(checkout, "production", "checkout", str(POINTER))
-    except StillhouseError:
-        _, answer, _ = call_dvc(checkout, "production", "fetch", str(POINTER))
-        if answer["reason"]:
-            raise StillhouseError(
-                f"the files of {POINTER} are not in the cache, and cannot be fetched ({answer['reason']})"
-            ) from None
-        call_dvc(checkout, "production", "checkout", str(POINTER))
+    _, answer, _ = call_dvc(checkout, "production", "fetch", str(POINTER))
+    # DVC would remove the folder before it notices that the files of the other one are nowhere.
+    if lost := _missing(checkout):
+        raise StillhouseError(
+            f"{lost} of the files of {POINTER} are not in the cache, and cannot be fetched ({answer['reason']})"
+        )
+    call_dvc(checkout, "production", "checkout", str(POINTER))
     read_production(checkout)
+
+
+def _missing(checkout: Path) -> int:
+    """How many of the pointer's files the cache lacks."""
+    objects = cache_folder(checkout) / "files" / "md5"
+    (out,) = read_yaml(checkout / POINTER)["outs"]
+    listed = objects / out["md5"][:2] / out["md5"][2:]
+    if not listed.is_file():
+        return int(out.get("nfiles", 1))
+    names = [entry["md5"] for entry in json.loads(listed.read_text())]
+    return sum(not (objects / name[:2] / name[2:]).is_file() for name in names)
 
 
 def _commit(checkout: Path, message: str) -> str:

@@ -22,6 +22,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -176,6 +177,7 @@ def environment_of(folder: Path, api: str) -> dict[str, str]:
         "PREFECT_SERVER_DATABASE_TIMEOUT": "60",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
+        "PREFECT_UI_API_URL": "/api",  # of whatever address the browser has reached the UI by
         "PREFECT_SERVER_UI_V2_ENABLED": "false",  # it calls an analytics host at every load
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
@@ -188,7 +190,19 @@ def environment_of(folder: Path, api: str) -> dict[str, str]:
 
 def automation() -> dict[str, Any]:
     """The rule that marks runs as crashed whose process is gone: its heartbeats have stopped without an end."""
-    ends = [f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")]
+    # Events are named by a state's name, not its type.
+    names = (
+        "Completed",
+        "Failed",
+        "Cancelled",
+        "Crashed",
+        "Rejected",
+        "Promoted",
+        "Kept",
+        "Identical",
+        "Different",
+    )
+    ends = [f"prefect.flow-run.{name}" for name in names]
     return {
         "name": "stillhouse: mark dead runs as crashed",
         "description": f"No heartbeat for {SILENT_SECONDS} s and no end either: the run's process is gone.",
@@ -311,6 +325,12 @@ class Keeper:
             if error.code != 409:
                 raise
             self._ask("PATCH", f"/work_pools/{POOL}", {"concurrency_limit": self._limit})
+        # None of the pool's runs has outlived the last service; what a power cut left as running would fill the pool.
+        pending = {"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}}
+        query = {"flow_runs": pending, "work_pools": {"name": {"any_": [POOL]}}}
+        for run in self._ask("POST", "/flow_runs/filter", query):
+            state = {"type": "CRASHED", "message": "the service went down while it ran"}
+            self._ask("POST", f"/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
         wanted = automation()
         for known in self._ask("POST", "/automations/filter", {}):
             if known["name"] == wanted["name"]:
@@ -318,20 +338,35 @@ class Keeper:
         self._ask("POST", "/automations/", wanted)
 
     def _deploy(self) -> None:
-        """Every deployment of prefect.yaml."""
+        """Every deployment of prefect.yaml; what was switched on or off in the UI stays as it was."""
+        ours = {"work_pools": {"name": {"any_": [POOL]}}}
+        before = {known["name"]: known for known in self._ask("POST", "/deployments/filter", ours)}
         log = self._folder / "deploy.log"
         argv = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
         with Supervised(argv, cwd=self._checkout, log=log, environment=self._environment) as process:
             code = process.wait()
         if code:
             raise StillhouseError(f"prefect.yaml could not be deployed; what Prefect says is in {log}")
-        for deployment in self._ask("POST", "/deployments/filter", {}):
+        for deployment in self._ask("POST", "/deployments/filter", ours):
             # Without this, a parameter that a flow does not have is only noticed when its run has been started.
             schema = {**deployment["parameter_openapi_schema"], "additionalProperties": False}
-            self._ask("PATCH", f"/deployments/{deployment['id']}", {"parameter_openapi_schema": schema})
+            change: dict[str, Any] = {"parameter_openapi_schema": schema}
+            if known := before.get(deployment["name"]):
+                change["paused"] = known["paused"]
+                switched = {_timing(each): each["active"] for each in known["schedules"]}
+                for schedule in deployment["schedules"]:
+                    if (active := switched.get(_timing(schedule))) not in (None, schedule["active"]):
+                        path = f"/deployments/{deployment['id']}/schedules/{schedule['id']}"
+                        self._ask("PATCH", path, {"active": active})
+            self._ask("PATCH", f"/deployments/{deployment['id']}", change)
 
     def _ask(self, method: str, path: str, body: Any = None) -> Any:
         return ask(f"{self._ui}/api", method, path, body)
+
+
+def _timing(schedule: Mapping[str, Any]) -> str:
+    """A schedule without its switch: what makes two of them the same."""
+    return json.dumps(schedule["schedule"], sort_keys=True)
 
 
 def ask(api: str, method: str, path: str, body: Any = None) -> Any:
