@@ -125,7 +125,9 @@ class MultiTaskNetwork(nn.Module):
     def head(self, features: Tensor, environment: str) -> Tensor:
         """The outputs [B, A] for the torso's features [B, last width]."""
         outputs: Tensor = self.heads[self._routes[environment].head](features)
-        return outputs[:, : self.spec.environments[environment].actions]
+        if self.spec.size.share_head:
+            outputs = outputs[:, : self.spec.environments[environment].actions]
+        return outputs
 
     def forward(self, observations: Tensor, environment: str) -> Tensor:
         """Q-values or logits (``spec.output``), float32 [B, A], for raw observations [B, ...]."""
