@@ -19,10 +19,13 @@ from pathlib import Path
 
 from flows.workspace import cache_in_use, git, run_in_progress, worktrees
 from stillhouse.errors import StillhouseError
+from tasks.production import PROMOTED
 from tasks.stage import cache_folder
 
 DAY = 86_400.0
-_OBJECT = re.compile(r"md5: ([0-9a-f]{32}(?:\.dir)?)\b")  # as lock files name a cache object
+# As lock files name a cache object; quoted where it looks like a number.
+_OBJECT = re.compile(r"md5: '?([0-9a-f]{32}(?:\.dir)?)\b")
+KEPT_LOCK = Path(".dvc/tmp/dvc.lock.kept")  # what a cut-off dvc.lock is restored from
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,9 @@ def _prune_scratch(checkout: Path, age: float, dry_run: bool) -> Iterator[str]:
 
 
 def _prune_cache(checkout: Path, kept: Kept, dry_run: bool) -> Iterator[str]:
+    if not cache_folder(checkout).is_relative_to(checkout / ".dvc"):
+        yield f"kept     cache: {cache_folder(checkout)} lies outside this project, and others may need what is in it"
+        return
     with cache_in_use(checkout, exclusive=True) as alone:
         if not alone:
             yield "kept     cache: a run is in progress; prune again when it is done"
@@ -125,19 +131,29 @@ def _needed(checkout: Path, kept: Kept) -> set[str]:
     files = ["--", "dvc.lock", ":(glob)**/*.dvc"]
     # The states that these files ever had; a commit that did not touch them has none of its own.
     commits = git(checkout, "rev-list", "--full-history", "--branches", "--tags", "--remotes", "HEAD", *files)
-    revisions = [*commits.split(), *(reference for reference, _ in experiments(checkout)[: kept.experiments])]
+    promoted = git(checkout, "for-each-ref", "--format=%(refname)", PROMOTED).split()
+    newest = [reference for reference, _ in experiments(checkout)[: kept.experiments]]
+    revisions = [*commits.split(), *promoted, *newest]
     texts = []
     for revision in revisions:
         names = git(checkout, "ls-tree", "-r", "--name-only", "-z", revision).split("\0")
         texts += [git(checkout, "show", f"{revision}:{name}") for name in names if _is_lock(name)]
     for folder in [checkout, *worktrees(checkout)[: kept.runs]]:
-        texts += [path.read_text() for path in folder.glob("dvc.lock")]
-        texts += [path.read_text() for path in (folder / "data").rglob("*.dvc") if path.is_file()]
+        found_here = git(folder, "ls-files", "--cached", "--others", "-z", "--", "*.dvc").split("\0")
+        paths = [folder / name for name in (*filter(None, found_here), "dvc.lock", str(KEPT_LOCK))]
+        texts += [path.read_text() for path in paths if path.is_file()]
     found = {name for text in texts for name in _OBJECT.findall(text)}
     objects = cache_folder(checkout) / "files" / "md5"
     for name in [name for name in found if name.endswith(".dir")]:
-        with contextlib.suppress(FileNotFoundError):
-            found |= {entry["md5"] for entry in json.loads((objects / name[:2] / name[2:]).read_text())}
+        path = objects / name[:2] / name[2:]
+        try:
+            found |= {entry["md5"] for entry in json.loads(path.read_text())}
+        except FileNotFoundError:
+            continue
+        except ValueError:
+            raise StillhouseError(
+                f"{path} is damaged, so that nobody knows what it needs; `stillhouse verify --repair` first"
+            ) from None
     return found
 
 

@@ -22,9 +22,9 @@ from flows.distillation import run_id, save_experiment
 from flows.graph import run_graph
 from flows.production import next_generation, promote
 from flows.results import run_facts
-from flows.workspace import PRIVATE, find_checkout, own_worktree, plan
+from flows.workspace import PRIVATE, find_checkout, git, own_worktree, plan
 from stillhouse.errors import StillhouseError
-from tasks.production import FOLDER, POINTER, Production, read_production
+from tasks.production import FOLDER, POINTER, PROMOTED, Production, read_production
 from tasks.run_stage import call_dvc
 
 DECISION = Path("data/evaluation/promotion.json")
@@ -107,8 +107,18 @@ def _retrain(
             message=f"{reasons} (what it left is in {kept} until `stillhouse prune`); production stays as it is"
         )
     decision = json.loads((workspace / DECISION).read_text())
-    saved = f"; saved as experiment {name}" if save_experiment(workspace, name) else ""
+    experiment = save_experiment(workspace, name)
+    saved = f"; saved as experiment {name}" if experiment else ""
+    if decision["promote"] and not experiment:
+        kept = workspace.relative_to(checkout)
+        return Failed(
+            message=f"generation {generation} is better, but could not be saved as an experiment, and what is in production must have "
+            f"a lineage; production stays as it is, and {kept} is kept until `stillhouse prune`"
+        )
     if decision["promote"]:
+        # Experiments are pruned; this one has made what is in production.
+        made = git(checkout, "for-each-ref", "--format=%(objectname)", f"refs/exps/*/*/{name}").split()
+        git(checkout, "update-ref", f"{PROMOTED}/{generation}", made[-1])
         about = production.model_copy(update={"generation": generation, "decision": decision})
         commit = promote(checkout, workspace, about, _message(decision))
         text = f"generation {generation} is in production (commit {commit})"

@@ -33,6 +33,8 @@ def find_checkout(start: Path) -> Path:
         StillhouseError: there is none.
     """
     for folder in [start.resolve(), *start.resolve().parents]:
+        if folder.parent.parts[-2:] == (str(PRIVATE), "worktrees"):
+            continue  # a run's worktree belongs to the project around it
         if (folder / "params" / "suites").is_dir() and (folder / ".dvc").is_dir():
             return folder
     raise StillhouseError(
@@ -81,8 +83,10 @@ def cache_in_use(checkout: Path, exclusive: bool = False) -> Iterator[bool]:
     Yields:
         Whether the lock was had: a run waits for it, who wants the cache alone does not.
     """
-    path = checkout / PRIVATE / "cache.lock"
-    path.parent.mkdir(exist_ok=True)
+    path = (
+        cache_folder(checkout).with_name("scratch") / "cache-in-use"
+    )  # beside the cache: whoever shares that shares this
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH)

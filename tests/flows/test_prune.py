@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from flows.prune import Kept, experiments, prune
-from flows.workspace import cache_in_use, hold, make_worktree, worktrees
+from flows.workspace import cache_in_use, find_checkout, hold, make_worktree, worktrees
 from stillhouse.errors import StillhouseError
 from tasks.stage import hold_scratch
 
@@ -151,6 +151,49 @@ def test_a_pruned_lock_is_no_lock(checkout: Path) -> None:
         fcntl.flock(before, fcntl.LOCK_EX)
         with hold_scratch(key):  # on a file of its own
             assert not os.path.samestat(os.fstat(before.fileno()), os.stat(path))
+
+
+def test_a_quoted_hash_and_the_kept_lock_count_and_a_damaged_folder_stops_it(checkout: Path) -> None:
+    number = "1234567890" * 3 + "12"  # YAML quotes what looks like a number
+    path = Path(".dvc/cache/files/md5", number[:2], number[2:])
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"x")
+    Path("dvc.lock").write_text(lock(number).replace(number, f"'{number}'"))
+    kept = cached(b"in the kept lock")
+    Path(".dvc/tmp").mkdir(exist_ok=True)
+    Path(".dvc/tmp/dvc.lock.kept").write_text(lock(kept))
+    list(prune(checkout, NOTHING, dry_run=False))
+    assert path.exists() and there(kept)
+    Path("dvc.lock").write_text(lock(cached(b"[{", ".dir")))
+    with pytest.raises(StillhouseError, match="is damaged.*verify --repair"):
+        list(prune(checkout, NOTHING, dry_run=False))
+
+
+def test_a_cache_that_others_share_is_left_alone(
+    checkout: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    elsewhere = tmp_path_factory.mktemp("shared") / "cache"
+    Path(".dvc/config.local").write_text(f"[cache]\n    dir = {elsewhere}\n")
+    (said,) = prune(checkout, NOTHING, dry_run=True)
+    assert said == f"kept     cache: {elsewhere} lies outside this project, and others may need what is in it"
+
+
+def test_a_runs_worktree_belongs_to_the_project_around_it(checkout: Path) -> None:
+    (checkout / "params/suites").mkdir()
+    (checkout / "params/suites/one.yaml").write_text("")
+    commit("a suite")
+    path = make_worktree(checkout, "run", "")
+    assert find_checkout(path / "params") == find_checkout(checkout) == checkout
+
+
+def test_what_made_production_is_kept_without_its_experiment(checkout: Path) -> None:
+    made = cached(b"made production")
+    Path("dvc.lock").write_text(lock(made))
+    git("add", "dvc.lock")
+    git("update-ref", "refs/stillhouse/production/3", git("stash", "create"))
+    git("rm", "--quiet", "--force", "dvc.lock")
+    list(prune(checkout, NOTHING, dry_run=False))
+    assert there(made)
 
 
 def test_negative_numbers_are_refused(checkout: Path) -> None:
