@@ -177,6 +177,9 @@ def environment_of(folder: Path, api: str) -> dict[str, str]:
         "PREFECT_SERVER_DATABASE_TIMEOUT": "60",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
+        # No page of another site that a browser has open may read from the API, nor write to it.
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": api.removesuffix("/api"),
+        "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
         "PREFECT_UI_API_URL": "/api",  # of whatever address the browser has reached the UI by
         "PREFECT_SERVER_UI_V2_ENABLED": "false",  # it calls an analytics host at every load
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
@@ -318,13 +321,23 @@ class Keeper:
 
     def _configure(self) -> None:
         """The work pool with its limit, and the automation."""
-        pool = {"name": POOL, "type": "process", "concurrency_limit": self._limit}
+        pool = {
+            "name": POOL,
+            "type": "process",
+            "concurrency_limit": self._limit,
+            # Without the usual variables: who triggers a run chooses neither its command nor its environment.
+            "base_job_template": {
+                "job_configuration": {"stream_output": True},
+                "variables": {"type": "object", "properties": {}, "additionalProperties": False},
+            },
+        }
         try:
             self._ask("POST", "/work_pools/", pool)
         except urllib.error.HTTPError as error:
             if error.code != 409:
                 raise
-            self._ask("PATCH", f"/work_pools/{POOL}", {"concurrency_limit": self._limit})
+            change = {name: pool[name] for name in ("concurrency_limit", "base_job_template")}
+            self._ask("PATCH", f"/work_pools/{POOL}", change)
         # None of the pool's runs has outlived the last service; what a power cut left as running would fill the pool.
         pending = {"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}}
         query = {"flow_runs": pending, "work_pools": {"name": {"any_": [POOL]}}}
@@ -364,6 +377,18 @@ class Keeper:
         return ask(f"{self._ui}/api", method, path, body)
 
 
+_CLIENT = str(uuid.uuid4())
+
+
+def _token(api: str) -> dict[str, str]:
+    """What shows a server that a request was meant; nothing where it does not want to be shown."""
+    try:
+        token = ask(api, "GET", f"/csrf-token?client={_CLIENT}")["token"]
+    except urllib.error.HTTPError:
+        return {}
+    return {"Prefect-Csrf-Token": token, "Prefect-Csrf-Client": _CLIENT}
+
+
 def _timing(schedule: Mapping[str, Any]) -> str:
     """A schedule without its switch: what makes two of them the same."""
     return json.dumps(schedule["schedule"], sort_keys=True)
@@ -375,12 +400,9 @@ def ask(api: str, method: str, path: str, body: Any = None) -> Any:
     Raises:
         urllib.error.URLError: nobody answers, or (``HTTPError``) the answer is an error.
     """
-    request = urllib.request.Request(
-        api + path,
-        method=method,
-        data=None if body is None else json.dumps(body).encode(),
-        headers={"content-type": "application/json"},
-    )
+    headers = {"content-type": "application/json", **(_token(api) if method != "GET" else {})}
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(api + path, method=method, data=data, headers=headers)
     if secret := os.environ.get(AUTHENTICATION) or os.environ.get("PREFECT_API_AUTH_STRING"):
         import base64
 
@@ -475,6 +497,10 @@ def main() -> NoReturn:
                 time.sleep(0.05)
         try:
             Keeper(checkout, arguments.host, arguments.port, arguments.limit).run()
+        except urllib.error.HTTPError as error:
+            said = error.read()[:300].decode(errors="replace")
+            print(f"error: {error.url} answers {error.code}: {said}", flush=True)
+            sys.exit(2)
         except (StillhouseError, OSError) as error:
             print(f"error: {error}", flush=True)
             sys.exit(2)
