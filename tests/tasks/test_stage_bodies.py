@@ -69,6 +69,7 @@ def context(name: str, deps: list[str], interrupt: bool = False, **blocks: Any) 
         stage=f"stage-{name}-s0",
         mode="",
         seed=0,
+        random_seed=0,
         device="cpu",
         deps=deps,
         block=block,
