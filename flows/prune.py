@@ -17,9 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows.workspace import cache_in_use, git, run_in_progress, worktrees
+from flows.workspace import PROMOTED, cache_in_use, git, run_in_progress, worktrees
 from stillhouse.errors import StillhouseError
-from tasks.production import PROMOTED
 from tasks.stage import cache_folder
 
 DAY = 86_400.0

@@ -22,9 +22,9 @@ from flows.distillation import run_id, save_experiment
 from flows.graph import run_graph
 from flows.production import next_generation, promote
 from flows.results import run_facts
-from flows.workspace import PRIVATE, find_checkout, git, own_worktree, plan
+from flows.workspace import PRIVATE, PROMOTED, find_checkout, git, own_worktree, plan
 from stillhouse.errors import StillhouseError
-from tasks.production import FOLDER, POINTER, PROMOTED, Production, read_production
+from tasks.production import FOLDER, POINTER, Production, read_production
 from tasks.run_stage import call_dvc
 
 DECISION = Path("data/evaluation/promotion.json")

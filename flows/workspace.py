@@ -20,6 +20,9 @@ from tasks.stage import DVC_YAML, PIPELINE, cache_folder
 from tasks.worker import write_local_config
 
 PRIVATE = Path(".stillhouse")
+PROMOTED = (
+    "refs/stillhouse/production"  # git references to the experiments that made it, which keep its lineage
+)
 
 # Whether a run happens in the checkout itself. It is for whoever calls a flow here, and no parameter of the flow: whoever
 # triggers one from elsewhere has no business in the checkout.

@@ -20,7 +20,6 @@ from stillhouse.files import MANIFEST, replace_folder, write_json
 FOLDER = Path("data/production")
 POINTER = Path("data/production.dvc")
 ABOUT = "production.json"
-PROMOTED = "refs/stillhouse/production"  # references to the experiments that made it, which keep their lineage
 # What is kept of each environment: folder in data/, and in production.
 PARTS = ("teachers", "training_state", "datasets")
 
