@@ -148,8 +148,11 @@ def make_worktree(checkout: Path, name: str, revision: str, *, share_cache: bool
     """
     path = checkout / PRIVATE / "worktrees" / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    git(checkout, "worktree", "prune")
-    git(checkout, "worktree", "add", "--quiet", "--detach", str(path), revision or "HEAD")
+    # Two at once read each other's half-written entries.
+    with open(checkout / PRIVATE / "worktrees.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        git(checkout, "worktree", "prune")
+        git(checkout, "worktree", "add", "--quiet", "--detach", str(path), revision or "HEAD")
     if not revision:
         _copy_uncommitted(checkout, path)
     cache = cache_folder(checkout) if share_cache else path / ".dvc" / "cache"
