@@ -385,6 +385,7 @@ def _run_flow(arguments: argparse.Namespace) -> int:
 
 def _finish(flow: Any, parameters: dict[str, Any]) -> int:
     """Check the parameters, run the flow, and turn its end into an exit code."""
+    from prefect import tags
     from prefect.client.schemas.objects import State
     from prefect.exceptions import ParameterTypeError
 
@@ -392,7 +393,8 @@ def _finish(flow: Any, parameters: dict[str, Any]) -> int:
         flow.validate_parameters(parameters)
     except ParameterTypeError as error:
         raise StillhouseError(_first_problem(str(error))) from None
-    state: State[Any] = flow(**parameters, return_state=True)
+    with tags(flow.name, "command line"):
+        state: State[Any] = flow(**parameters, return_state=True)
     if state.is_completed():
         return 0
     print(f"error: {' '.join((state.message or state.name or 'the run failed').split())}", file=sys.stderr)

@@ -34,6 +34,7 @@ PRIVATE = Path(".stillhouse/service")
 POOL = "stillhouse"
 START_SECONDS = 120.0
 STOP_SECONDS = 30.0
+BUSY_SECONDS = 30.0
 AUTHENTICATION = "PREFECT_SERVER_API_AUTH_STRING"
 DATABASE = "PREFECT_SERVER_DATABASE_CONNECTION_URL"
 # A flow run that was killed says nothing any more; this long after its last word it is marked as crashed.
@@ -82,9 +83,8 @@ def up(checkout: Path, host: str, port: int, limit: int) -> dict[str, Any]:
         )
     folder = checkout / PRIVATE
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("service.json", "keeper.log", "server.log", "worker.log", "deploy.log"):
-        (folder / name).unlink(missing_ok=True)
     with open(folder / "keeper.log", "ab") as log:
+        before = log.tell()
         keeper = subprocess.Popen(
             [sys.executable, "-m", "flows.service", host, str(port), str(limit)],
             cwd=checkout,
@@ -94,7 +94,7 @@ def up(checkout: Path, host: str, port: int, limit: int) -> dict[str, Any]:
             start_new_session=True,
         )
     try:
-        return _wait_until_ready(checkout, keeper)
+        return _wait_until_ready(checkout, keeper, before)
     except BaseException:
         with contextlib.suppress(ProcessLookupError):
             keeper.terminate()
@@ -102,14 +102,16 @@ def up(checkout: Path, host: str, port: int, limit: int) -> dict[str, Any]:
         raise
 
 
-def _wait_until_ready(checkout: Path, keeper: subprocess.Popen[bytes]) -> dict[str, Any]:
+def _wait_until_ready(checkout: Path, keeper: subprocess.Popen[bytes], before: int) -> dict[str, Any]:
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end:
         if keeper.poll() is not None:
-            lines = (checkout / PRIVATE / "keeper.log").read_text(errors="replace").splitlines()
+            log = (checkout / PRIVATE / "keeper.log").read_bytes()[before:]
+            lines = log.decode(errors="replace").splitlines()
             said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
             raise StillhouseError((said or lines or [f"it ended with exit code {keeper.returncode}"])[-1])
-        if (state := state_of(checkout)) and state.get("ready"):
+        state = state_of(checkout) or {}
+        if state.get("pid") == keeper.pid and state["ready"]:
             return state
         time.sleep(0.1)
     raise StillhouseError(
@@ -151,7 +153,8 @@ def _check_address(host: str, port: int) -> None:
         raise StillhouseError(
             f"--host: an IP address or localhost is allowed, but {host!r} was given"
         ) from None
-    if not loopback and ":" not in os.environ.get(AUTHENTICATION, ""):
+    user, _, password = os.environ.get(AUTHENTICATION, "").partition(":")
+    if not loopback and not (user and password):
         raise StillhouseError(
             f"--host {host}: whoever reaches the API can start any run, so that beyond loopback a secret is needed: set "
             f"{AUTHENTICATION}=user:password, or leave --host out"
@@ -175,6 +178,8 @@ def environment_of(folder: Path, api: str) -> dict[str, str]:
         # SQLite in the checkout, unless the user's own environment names a PostgreSQL.
         DATABASE: os.environ.get(DATABASE, f"sqlite+aiosqlite:///{folder / 'prefect.db'}"),
         "PREFECT_SERVER_DATABASE_TIMEOUT": "60",
+        # On disk, or a server that is started again would crash the runs that hold one.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
         # No page of another site that a browser has open may read from the API, nor write to it.
@@ -354,12 +359,16 @@ class Keeper:
         """Every deployment of prefect.yaml; what was switched on or off in the UI stays as it was."""
         ours = {"work_pools": {"name": {"any_": [POOL]}}}
         before = {known["name"]: known for known in self._ask("POST", "/deployments/filter", ours)}
+        triggers = {known["name"]: known["enabled"] for known in self._ask("POST", "/automations/filter", {})}
         log = self._folder / "deploy.log"
         argv = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
         with Supervised(argv, cwd=self._checkout, log=log, environment=self._environment) as process:
             code = process.wait()
         if code:
             raise StillhouseError(f"prefect.yaml could not be deployed; what Prefect says is in {log}")
+        for trigger in self._ask("POST", "/automations/filter", {}):
+            if triggers.get(trigger["name"], trigger["enabled"]) != trigger["enabled"]:
+                self._ask("PATCH", f"/automations/{trigger['id']}", {"enabled": triggers[trigger["name"]]})
         for deployment in self._ask("POST", "/deployments/filter", ours):
             # Without this, a parameter that a flow does not have is only noticed when its run has been started.
             schema = {**deployment["parameter_openapi_schema"], "additionalProperties": False}
@@ -409,19 +418,30 @@ def ask(api: str, method: str, path: str, body: Any = None) -> Any:
         request.add_header("authorization", f"Basic {base64.b64encode(secret.encode()).decode()}")
     # No proxy stands between a machine and itself.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(request, timeout=30) as answer:
-        content = answer.read()
-    return json.loads(content) if content else None
+    end = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            with opener.open(request, timeout=30) as answer:
+                content = answer.read()
+            return json.loads(content) if content else None
+        except urllib.error.HTTPError as error:
+            if error.code != 503 or time.monotonic() > end:  # 503: its database is busy, nothing was done
+                raise
+        time.sleep(0.5)
 
 
 def say_degraded(checkout: Path, reason: str) -> None:
-    """Tell the service that what is in production has become worse: the deployment `retraining` is triggered by it.
+    """Tell the configured Prefect server, else the service, that what is in production has become worse.
+
+    The deployment `retraining` is triggered by it.
 
     Raises:
-        StillhouseError: the service is down, or does not take it.
+        StillhouseError: there is neither, or it does not take it.
     """
-    state = state_of(checkout)
-    if not state or not state.get("ready"):
+    from prefect.settings import PREFECT_API_URL
+
+    api = PREFECT_API_URL.value() or api_url(checkout)
+    if not api:
         raise StillhouseError("the service is down, so nobody would hear it; `stillhouse up` starts it")
     event = {
         "id": str(uuid.uuid4()),
@@ -431,9 +451,9 @@ def say_degraded(checkout: Path, reason: str) -> None:
         "payload": {"reason": reason},
     }
     try:
-        ask(state["api"], "POST", "/events", [event])
+        ask(api, "POST", "/events", [event])
     except OSError as error:
-        raise StillhouseError(f"{state['api']} does not take the event ({error})") from None
+        raise StillhouseError(f"{api} does not take the event ({error})") from None
 
 
 def overview(checkout: Path) -> list[str]:
@@ -495,6 +515,8 @@ def main() -> NoReturn:
                     print("error: the service is up already", flush=True)
                     sys.exit(2)
                 time.sleep(0.05)
+        for name in ("service.json", "server.log", "worker.log", "deploy.log"):
+            (checkout / PRIVATE / name).unlink(missing_ok=True)
         try:
             Keeper(checkout, arguments.host, arguments.port, arguments.limit).run()
         except urllib.error.HTTPError as error:

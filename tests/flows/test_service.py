@@ -54,11 +54,8 @@ class Service:
         while True:
             try:
                 return ask(f"{self.ui}/api", method, path, body)
-            except urllib.error.HTTPError as error:
-                if error.code != 503 or time.monotonic() > end:  # SQLite is busy: come again
-                    raise
-            except urllib.error.URLError:
-                if time.monotonic() > end:
+            except urllib.error.URLError as error:  # it is being started again
+                if isinstance(error, urllib.error.HTTPError) or time.monotonic() > end:
                     raise
             time.sleep(0.5)
 
@@ -225,14 +222,18 @@ def test_cancelled_in_ten_seconds(service: Service) -> None:
     until(lambda: service.training(identifier), 60, service.logs)
     started = time.monotonic()
     service.ask("POST", f"/flow_runs/{identifier}/set_state", {"state": {"type": "CANCELLING"}})
-    until(lambda: not service.processes("tasks.") and not service.processes("flow_engine"), 30, service.logs)
-    print(
-        f"cancelled in {time.monotonic() - started:.1f} s"
-    )  # a figure, told and not judged on a busy machine
+    until(lambda: not service.processes("tasks.") and not service.processes("flow_engine"), 10, service.logs)
+    print(f"cancelled in {time.monotonic() - started:.1f} s")
     service.wait(identifier, "Cancelled", 60)
 
 
-def test_a_form_is_filled_in_and_its_run_watched_to_the_table(service: Service, tmp_path: Path) -> None:
+def picture(page: Any, name: str) -> None:
+    """For a person to look at, and for docs/images, where one is wanted: STILLHOUSE_PICTURES names the folder."""
+    if folder := os.environ.get("STILLHOUSE_PICTURES"):
+        page.screenshot(path=str(Path(folder, f"{name}.png")))
+
+
+def test_a_form_is_filled_in_and_its_run_watched_to_the_table(service: Service) -> None:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -250,7 +251,7 @@ def test_a_form_is_filled_in_and_its_run_watched_to_the_table(service: Service, 
         page.get_by_text("suite", exact=True).last.scroll_into_view_if_needed()
         numbers = page.locator("input[type=number]")
         numbers.nth(1).fill("0.5")  # the budget
-        page.screenshot(path=str(tmp_path / "form.png"))
+        picture(page, "ui-form")
         page.get_by_role("button", name="Submit").click()
         page.wait_for_timeout(500)
         identifier = service.ask(
@@ -262,14 +263,53 @@ def test_a_form_is_filled_in_and_its_run_watched_to_the_table(service: Service, 
         service.wait(identifier, "Completed")
         page.get_by_text("Completed").first.wait_for()
         page.get_by_text("train_teacher-cartpole-s0").first.wait_for()
-        page.screenshot(path=str(tmp_path / "run.png"))
+        picture(page, "ui-run")
         page.get_by_text("Artifacts", exact=True).first.click()
         page.get_by_text("results", exact=True).first.click()
         page.get_by_text("geometric mean").first.wait_for()
-        page.screenshot(path=str(tmp_path / "table.png"))
+        picture(page, "ui-table")
         browser.close()
     assert not [url for url in outside if not url.startswith(("blob:", "data:"))]
-    print(tmp_path)
+
+
+def test_retraining_is_scheduled_paused_and_triggered(service: Service) -> None:
+    from playwright.sync_api import sync_playwright
+
+    found = service.ask("GET", "/deployments/name/retraining/retraining")
+    assert [schedule["active"] for schedule in found["schedules"]] == [False]
+
+    def runs(state: str) -> list[dict[str, Any]]:
+        query = {
+            "deployments": {"id": {"any_": [found["id"]]}},
+            "flow_runs": {"state": {"name": {"any_": [state]}}},
+        }
+        listed: list[dict[str, Any]] = service.ask("POST", "/flow_runs/filter", query)
+        return listed
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=BROWSER)
+        page = browser.new_page(viewport={"width": 1300, "height": 900})
+        page.goto(f"{service.ui}/deployments/deployment/{found['id']}")
+        page.get_by_text("No runs found").wait_for()  # all has been drawn
+        switch = page.locator(".deployment-schedule-card label[role=switch]")
+
+        def switched(active: bool) -> bool:
+            if service.ask("GET", f"/deployments/{found['id']}")["schedules"][0]["active"] == active:
+                return True
+            switch.click()  # while the page is being drawn, a click may be lost
+            page.wait_for_timeout(5000)
+            return False
+
+        until(lambda: switched(True), 60, service.logs)
+        until(lambda: runs("Scheduled"), 120, service.logs)
+        assert {run["expected_start_time"][11:16] for run in runs("Scheduled")} == {"03:00"}
+        picture(page, "ui-schedule")
+        until(lambda: switched(False), 60, service.logs)
+        until(lambda: not runs("Scheduled"), 30)
+        browser.close()
+    stillhouse(service.clone, "degraded", "return 420 over the last 100 episodes")
+    until(lambda: runs("Rejected"), 90, service.logs)
+    assert "nothing is in production" in runs("Rejected")[0]["state"]["message"]
 
 
 def test_server_and_worker_are_started_again(service: Service) -> None:
@@ -286,23 +326,43 @@ def test_server_and_worker_are_started_again(service: Service) -> None:
     service.wait(service.trigger(suite="tiny", loss="nll"), "Completed")
 
 
-def test_a_killed_run_is_marked_and_the_next_goes_on_where_it_was(service: Service) -> None:
+def test_a_killed_run_is_marked(service: Service) -> None:
     service.wait(killed[0], "Crashed", SILENT_SECONDS + 60)
-    scratch = list((service.clone / ".dvc/scratch").glob("*/"))
-    assert scratch, "the killed stage had saved its state"
 
 
-def test_all_is_gone_when_the_keeper_is_killed(tmp_path: Path) -> None:
-    clone = make_clone(tmp_path / "clone", "tiny", tiny=TINY)
+def test_all_is_gone_when_the_keeper_is_killed_and_the_next_takes_over(tmp_path: Path) -> None:
+    clone = make_clone(tmp_path / "clone", "tiny", tiny=TINY, long=LONG)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
     stillhouse(clone, "up", "--port", str(port))
     service = Service(clone, port)
+    found = service.ask("GET", "/deployments/name/retraining/retraining")
+    schedule = f"/deployments/{found['id']}/schedules/{found['schedules'][0]['id']}"
+    service.ask("PATCH", schedule, {"active": True})
+    (trigger,) = (
+        known for known in service.ask("POST", "/automations/filter", {}) if "retrain" in known["name"]
+    )
+    service.ask("PATCH", f"/automations/{trigger['id']}", {"enabled": False})
+    running = service.trigger(suite="long")
+    until(lambda: service.training(running), 60, service.logs)
+
     os.kill(state_of(clone)["pid"], signal.SIGKILL)  # type: ignore[index]
     until(lambda: not service.processes(), 30, lambda: service.processes())
     assert stillhouse(clone, "status") == "the service is down; `stillhouse up` starts it\n"
     assert stillhouse(clone, "down") == "nothing to stop: the service is down\n"
+
+    stillhouse(clone, "up", "--port", str(port))
+    try:
+        assert service.run(running)["state"]["message"] == "the service went down while it ran"
+        found = service.ask("GET", "/deployments/name/retraining/retraining")
+        assert [each["active"] for each in found["schedules"]] == [True]
+        switched = {
+            known["name"]: known["enabled"] for known in service.ask("POST", "/automations/filter", {})
+        }
+        assert switched == {trigger["name"]: False, "stillhouse: mark dead runs as crashed": True}
+    finally:
+        stillhouse(clone, "down")
 
 
 @pytest.fixture
@@ -361,18 +421,19 @@ def test_the_same_on_postgresql(postgresql: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("secret", "arguments", "said"),
     [
-        (("--host", "0.0.0.0"), "set PREFECT_SERVER_API_AUTH_STRING=user:password"),
-        (("--host", "example"), "--host: an IP address or localhost is allowed"),
-        (("--port", "0"), "--port: 1 to 65535 is allowed"),
-        (("--runs", "0"), "--runs: 1 to 100 is allowed"),
+        ("", ("--host", "0.0.0.0"), "set PREFECT_SERVER_API_AUTH_STRING=user:password"),
+        (":", ("--host", "0.0.0.0"), "set PREFECT_SERVER_API_AUTH_STRING=user:password"),
+        ("", ("--host", "example"), "--host: an IP address or localhost is allowed"),
+        ("", ("--port", "0"), "--port: 1 to 65535 is allowed"),
+        ("", ("--runs", "0"), "--runs: 1 to 100 is allowed"),
     ],
 )
 def test_an_address_that_may_not_be_used_is_refused(
-    service: Service, arguments: tuple[str, ...], said: str
+    service: Service, secret: str, arguments: tuple[str, ...], said: str
 ) -> None:
-    assert said in stillhouse(service.clone, "up", *arguments, code=2)
+    assert said in stillhouse(service.clone, "up", *arguments, code=2, PREFECT_SERVER_API_AUTH_STRING=secret)
 
 
 def test_a_port_in_use_is_refused(service: Service, tmp_path: Path) -> None:
