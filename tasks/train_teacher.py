@@ -40,10 +40,12 @@ def train_teacher(context: StageContext) -> None:
     retraining = context.block(RETRAINING) if str(FOLDER) in context.deps else None
     if retraining:
         settings = continued_settings(settings, retraining["env_steps"], retraining["learning_rate_factor"])
-        before = load_checkpoint(part("teachers", context.name)).details["env_steps"]
     learner = make_learner(settings, context.name, environment, context.random_seed, context.device)
     if retraining:
-        continue_training(learner, load_state(part("training_state", context.name)))
+        teacher = load_checkpoint(part("teachers", context.name))
+        before = teacher.details["env_steps"]
+        state = load_state(part("training_state", context.name))
+        continue_training(learner, state, teacher.details["algorithm"], teacher.network.spec)
     curve = Curve(context, "env_steps", COLUMNS[learner.network.spec.output])
     curve.follow(learner)
 

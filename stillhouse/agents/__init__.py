@@ -70,22 +70,45 @@ def make_learner(
     return learner
 
 
-# Of a training state: what was learnt, and what it was learnt from. Counters, which schedules follow, episodes and random
-# streams are the new training's own.
-_LEARNT = ("parameters", "target", "replay")
+# Of a training state: what was learnt; what it was learnt from is taken over row by row. Counters, which schedules follow,
+# episodes and random streams are the new training's own.
+_LEARNT = ("parameters", "target")
 
 
-def continue_training(learner: Learner, state: dict[str, Any]) -> None:
+def continue_training(learner: Learner, state: dict[str, Any], algorithm: str, spec: NetworkSpec) -> None:
     """Let a fresh learner go on from another training's state: its weights, optimiser, target network and replay.
 
     Args:
         learner: of the same algorithm and network, that has not trained yet.
         state: what the other's ``get_state`` gave.
+        algorithm: the other's.
+        spec: of the other's network.
+
+    Raises:
+        StillhouseError: the two are not of one algorithm, or their networks not of one structure.
     """
+    own_algorithm: str = learner.config.algorithm  # type: ignore[attr-defined] # every algorithm's settings name it
+    if own_algorithm != algorithm:
+        raise StillhouseError(
+            f"{learner.environment}: a teacher trained by {algorithm} cannot be gone on with by {own_algorithm}; "
+            f"give it algorithm {algorithm}, or start afresh"
+        )
+    if difference := _first_difference(learner.network.spec, spec):
+        raise StillhouseError(
+            f"{learner.environment}: the teacher to go on from is another network ({difference}); give it the same network and "
+            "spaces, or start afresh"
+        )
     own = learner.get_state()
     learner.set_state({**own, **{name: state[name] for name in _LEARNT if name in state}})
     if "replay" in state:
-        learner.replay.drop_open()  # type: ignore[attr-defined] # the other's episodes are not gone on with
+        learner.replay.take_over(state["replay"])  # type: ignore[attr-defined] # every learner with a replay has this one
+
+
+def _first_difference(wanted: NetworkSpec, found: NetworkSpec) -> str:
+    """What differs, in one phrase; empty where nothing does."""
+    sides = [{**spec.size.model_dump(), **dict(spec)} for spec in (wanted, found)]
+    names = [name for name in sides[0] if name != "size" and sides[0][name] != sides[1][name]]
+    return f"{names[0]}: {sides[0][names[0]]!s} given, {sides[1][names[0]]!s} there" if names else ""
 
 
 def continued_settings(

@@ -136,13 +136,27 @@ class UniformReplay:
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continue from ``get_state``; the capacity must be at least the saved size."""
+        """Continue from ``get_state`` of a replay with the same arguments."""
         self.size, self._next, self._open_slot = state["size"], state["next"], state["open_slot"]
         self._next_episode = state["next_episode"]
         for name in self._stored():
             getattr(self, f"_{name}")[: self.size] = state[name]
         for name in self._open():
             getattr(self, f"_{name}")[:] = state[name]
+
+    def take_over(self, state: dict[str, Any]) -> None:
+        """Begin with what another replay's ``get_state`` has stored; its open sums, and so its number of copies, do not count.
+
+        The ring is unrolled, oldest first, so that the capacities may differ: in a larger one rows that were never
+        written would else be sampled, and a smaller one keeps the newest.
+        """
+        oldest_first = (state["next"] + np.arange(state["size"])) % max(1, state["size"])
+        kept = oldest_first[max(0, len(oldest_first) - self.capacity) :]
+        for name in self._stored():
+            getattr(self, f"_{name}")[: len(kept)] = np.asarray(state[name])[kept]
+        self.size, self._next = len(kept), len(kept) % self.capacity
+        self._next_episode = state["next_episode"]  # no two episodes of one number
+        self.drop_open()
 
     @staticmethod
     def _stored() -> tuple[str, ...]:

@@ -109,3 +109,25 @@ def test_what_is_sampled_was_added_also_after_a_round_trip(observation: Observat
     copy.set_state(replay.get_state())
     for left, right in zip(sampled, copy.sample(50, np.random.default_rng(1)), strict=True):
         np.testing.assert_array_equal(left, right)
+
+
+@pytest.mark.parametrize("count", [0, 5, 8, 13])
+@pytest.mark.parametrize("capacity", [3, 8, 20])
+def test_a_replay_taken_over_by_one_of_another_capacity_holds_the_newest_rows(
+    count: int, capacity: int
+) -> None:
+    first = UniformReplay(VECTOR, 8, 1, 1, 0.5)
+    feed(first, [(float(t), 1, False, t % 4 == 3) for t in range(1, count + 1)])
+    second = UniformReplay(VECTOR, capacity, 3, 1, 0.5)
+    second.take_over(first.get_state())
+    kept = min(count, 8, capacity)
+    assert [row[0] for row in transitions(second)] == list(range(count - kept + 1, count + 1))
+    # What comes next overwrites the oldest, and no row is sampled that nobody has written.
+    ones, flags = np.full((3, 1), 100, np.float32), np.zeros(3, np.bool_)
+    second.add(ones, np.zeros(3, np.int64), np.ones(3, np.float32), flags, flags, ones, ~flags)
+    expected = [*range(count - kept + 1, count + 1), 100, 100, 100][-capacity:]
+    assert [row[0] for row in transitions(second)] == expected
+    state = second.get_state()
+    new = state["observations"][:, 0] == 100
+    episodes = state["places_in_episodes"][:, 0]
+    assert len(set(episodes[new])) == 3 and not set(episodes[new]) & set(episodes[~new])

@@ -100,7 +100,7 @@ def test_a_training_is_gone_on_with_by_another(algorithm: str, tmp_path: Path) -
     ends = []
     for seed in (1, 1, 2):
         second = make_learner(settings, "cartpole", ENVIRONMENTS["cartpole"], seed)
-        continue_training(second, load_state(tmp_path / "state"))
+        continue_training(second, load_state(tmp_path / "state"), algorithm, first.network.spec)
         assert weights(second) == weights(first) and second.env_steps == 0
         moments = second.parameters.get_state()
         assert all(np.array_equal(moments[key], first.parameters.get_state()[key]) for key in moments)
@@ -111,6 +111,34 @@ def test_a_training_is_gone_on_with_by_another(algorithm: str, tmp_path: Path) -
         assert reports[-1].done == 256
         ends.append(weights(second))
     assert ends[0] == ends[1] != ends[2] and ends[0] != weights(first)
+
+
+def test_another_capacity_and_number_of_copies_take_the_same_experience_over(tmp_path: Path) -> None:
+    first = learner("dqn", "cartpole")
+    list(first.train())
+    save_state(tmp_path / "state", first.get_state())
+    settings = continued_settings(SETTINGS["dqn"], 256, 0.5)
+    for capacity, kept in ((10**6, first.replay.size), (300, 300)):  # type: ignore[attr-defined]
+        given = {**settings, "replay_capacity": capacity, "num_envs": 3}
+        second = make_learner(given, "cartpole", ENVIRONMENTS["cartpole"], 1)
+        continue_training(second, load_state(tmp_path / "state"), "dqn", first.network.spec)
+        assert second.replay.size == kept  # type: ignore[attr-defined]
+        assert list(second.train())[-1].done == 256
+
+
+def test_a_training_is_not_gone_on_with_by_another_algorithm_or_network(tmp_path: Path) -> None:
+    first = learner("dqn", "cartpole")
+    state = first.get_state()
+    with pytest.raises(
+        StillhouseError, match="cartpole: a teacher trained by dqn cannot be gone on with by pqn"
+    ):
+        continue_training(learner("pqn", "cartpole"), state, "dqn", first.network.spec)
+    wider = {**SETTINGS["dqn"], "network": {**SIZE, "features": 17}}
+    second = make_learner(wider, "cartpole", ENVIRONMENTS["cartpole"], 0)
+    with pytest.raises(StillhouseError, match=r"another network \(features: 17 given, 16 there\)"):
+        continue_training(second, state, "dqn", first.network.spec)
+    with pytest.raises(StillhouseError, match=r"another network \(environments: .*acrobot.* given"):
+        continue_training(learner("dqn", "acrobot"), state, "dqn", first.network.spec)
 
 
 @pytest.mark.parametrize("algorithm", SETTINGS)
