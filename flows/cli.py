@@ -463,8 +463,8 @@ def _promote(arguments: argparse.Namespace) -> int:
 
 
 def _retrain(arguments: argparse.Namespace) -> int:
+    from flows.production import standing
     from flows.workspace import find_checkout
-    from tasks.production import read_production
 
     checkout = find_checkout(Path.cwd())
 
@@ -474,7 +474,7 @@ def _retrain(arguments: argparse.Namespace) -> int:
         form = ("env_steps", "updates", "episodes", "probability", "floor", "set", "workers")
         return _finish(retraining, {name: getattr(arguments, name) for name in form})
 
-    return _with_prefect(checkout, start, lambda: read_production(checkout))
+    return _with_prefect(checkout, start, lambda: standing(checkout).in_production())
 
 
 def _degraded(arguments: argparse.Namespace) -> int:
@@ -488,11 +488,10 @@ def _degraded(arguments: argparse.Namespace) -> int:
 
 def _rollback(arguments: argparse.Namespace) -> int:
     from flows.production import rollback
-    from flows.retraining import one_at_a_time
     from flows.workspace import find_checkout, in_checkout
 
     checkout = find_checkout(Path.cwd())
-    with one_at_a_time(checkout), in_checkout(checkout):
+    with in_checkout(checkout):
         generation, commit = rollback(checkout, arguments.generation)
     print(f"generation {generation} is in production: commit {commit}")
     return 0

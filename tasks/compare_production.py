@@ -1,13 +1,15 @@
 """Stage: is the retrained student better than the one in production? Judged twice, on episodes that nobody has met before.
 
-Both play the same episodes (where copies can be seeded one by one: all but Gymnasium's vectorised CartPole), whose seeds are
-of this generation alone. A score is (candidate - random) / (production - random) per environment. The candidate is better
+Both play greedily, the same episodes (where copies can be seeded one by one: all but Gymnasium's vectorised CartPole), whose
+seeds are of this generation alone. Where an environment has no time limit, an episode is ended after 10,000 steps, and its return is what
+it had by then; the share of such episodes is kept with the numbers. A score is (candidate - random) / (production - random) per environment. The candidate is better
 where the geometric mean of the scores is above 1 in a large enough share of 10,000 resamples of the episodes, and no
 environment's score is below the floor: on the first set of episodes, and again on a second.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +19,7 @@ import torch
 from stillhouse.checkpoint import load_checkpoint
 from stillhouse.config import Config, parse
 from stillhouse.envs.make import EnvironmentConfig
-from stillhouse.evaluation.rollouts import evaluate, network_policy
+from stillhouse.evaluation.rollouts import Episodes, evaluate, network_policy
 from stillhouse.evaluation.statistics import paired_improvement
 from stillhouse.files import write_json
 from stillhouse.processor import use_one_core
@@ -48,10 +50,22 @@ def compare_production(context: StageContext) -> None:
         ).network,
         "production": load_checkpoint(student_path(production.student), context.device).network,
     }
+
+    def by_name(
+        games: dict[str, list[Episodes]], values: Callable[[Episodes], np.ndarray]
+    ) -> dict[str, dict[str, float]]:
+        return {
+            who: {
+                name: float(values(played).mean())
+                for name, played in zip(production.environments, each, strict=True)
+            }
+            for who, each in games.items()
+        }
+
     found: dict[str, dict[str, Any]] = {}
     reasons = []
     for number, stream in enumerate(SETS):
-        returns: dict[str, list[np.ndarray]] = {who: [] for who in (*networks, "random")}
+        games: dict[str, list[Episodes]] = {who: [] for who in (*networks, "random")}
         for done, name in enumerate(production.environments):
             context.progress.update(
                 number * len(production.environments) + done, 2 * len(production.environments), "environments"
@@ -60,10 +74,10 @@ def compare_production(context: StageContext) -> None:
             for who, network in networks.items():
                 policy = network_policy(network, name, context.device)
                 played = evaluate(policy, environment, limits.episodes, context.random_seed, stream=stream)
-                returns[who].append(played.returns)
+                games[who].append(played)
             random = evaluate(_nothing, environment, limits.episodes, context.random_seed, 1.0, stream=stream)
-            returns["random"].append(random.returns)
-        matrices = {who: np.stack(each, axis=1) for who, each in returns.items()}
+            games["random"].append(random)
+        matrices = {who: np.stack([played.returns for played in each], axis=1) for who, each in games.items()}
         probability, values = paired_improvement(
             matrices["candidate"], matrices["production"], matrices["random"], context.random_seed
         )
@@ -72,13 +86,8 @@ def compare_production(context: StageContext) -> None:
         found[stream] = {
             "probability": probability,
             "scores": dict(zip(production.environments, scores, strict=True)),
-            "returns": {
-                who: {
-                    name: float(played.mean())
-                    for name, played in zip(production.environments, each, strict=True)
-                }
-                for who, each in returns.items()
-            },
+            "returns": by_name(games, lambda played: played.returns),
+            "capped_share": by_name(games, lambda played: played.capped),
         }
         if probability < limits.probability:
             reasons.append(

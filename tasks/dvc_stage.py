@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import fcntl
 import json
 import logging
@@ -438,7 +439,9 @@ def fetch(targets: list[str], revision: str) -> dict[str, Any]:
     repo = _open()
     if not repo.config["core"].get("remote"):
         return {"reason": "no default remote is configured"}
-    revisions: dict[str, Any] = {"revs": [revision], "workspace": False} if revision else {}
+    # The remote is today's: a revision's own configuration may name none yet, or one that is gone.
+    today = {name: copy.deepcopy(dict(repo.config[name])) for name in ("core", "remote")}
+    revisions: dict[str, Any] = {"revs": [revision], "workspace": False, "config": today} if revision else {}
     try:
         repo.fetch(targets=targets, **revisions)
         return {"reason": ""}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -12,14 +13,17 @@ from stillhouse.errors import StillhouseError
 REVISION = r"^[A-Za-z0-9_.][A-Za-z0-9_./~^@{}-]*$"
 
 
-def git(folder: Path, *arguments: str) -> str:
-    """What ``git`` prints.
+def git(folder: Path, *arguments: str, **variables: str) -> str:
+    """What ``git`` prints, with environment ``variables`` besides.
 
     Raises:
         StillhouseError: git is missing, or refuses.
     """
+    environment = {**os.environ, **variables}
     try:
-        result = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+        result = subprocess.run(
+            ["git", *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
     except FileNotFoundError:
         raise StillhouseError("git is not installed, and a run of its own needs a git worktree") from None
     if result.returncode:

@@ -27,6 +27,7 @@ from stillhouse.evaluation.rollouts import EvaluationConfig
 from stillhouse.multi_task.hard_sharing import HardSharingConfig
 from stillhouse.transfer.fine_tuning import FineTuneConfig
 from stillhouse.types import environment_spec
+from tasks.production import ABOUT, FOLDER, read_production
 from tasks.stage import PIPELINE, read_yaml
 
 SUITES = Path("params/suites")
@@ -234,7 +235,20 @@ def load_suite(suite: str, overrides: list[str]) -> Params:
         raise StillhouseError(
             f"{SUITES / suite}.yaml: says suite: {data['suite']}, which is not its file's name"
         )
-    params = parse(Params, _completed(data), str(SUITES / f"{suite}.yaml"))
+    return _overridden(parse(Params, _completed(data), str(SUITES / f"{suite}.yaml")), overrides)
+
+
+def load_production(overrides: list[str]) -> tuple[Params, Params]:
+    """The parameters that made what is in production, with ``key=value`` overrides, and as they were.
+
+    Raises:
+        StillhouseError: nothing is in production, its parameters are not this release's, or as in :func:`load_suite`.
+    """
+    made = parse(Params, read_production().params, f"{FOLDER / ABOUT}: params")
+    return _overridden(made, overrides), made
+
+
+def _overridden(params: Params, overrides: list[str]) -> Params:
     if not overrides:
         return params
     data = params.model_dump(mode="json")

@@ -41,6 +41,11 @@ PIPELINE_HEADER = (
 )
 _HASH_LINE = re.compile(r"# of this content: ([0-9a-f]{16})\n")
 
+# What a student, or a teacher, must have in common with the one that it goes on from: the shape of its network, what its outputs
+# mean, and, of a replay, what its rows are sums of.
+_STUDENT = ("environments", "method", "size", "parameter_fraction", "loss")
+_TEACHER = ("algorithm", "network", "critic", "gamma", "n_step", "reward_scale")
+
 # Env steps (or updates) per second on one core, only to start what takes longest first.
 SPEEDS = {"dqn": 2_500.0, "pqn": 20_000.0, "ppo": 15_000.0}
 
@@ -352,6 +357,26 @@ def _retraining(params: Params, stages: list[Stage]) -> list[Stage]:
     return [*chosen, compare]
 
 
+def _check_continues(params: Params, made: Params) -> None:
+    """Raises StillhouseError where a teacher or the student could not go on from what ``made`` has made."""
+    name = params.retraining.student
+    needed: dict[str, tuple[str, ...]] = {f"distill_student.{name}": _STUDENT}
+    student = made.distill_student.get(name)
+    needed |= {f"train_teacher.{each}": _TEACHER for each in (student.environments if student else [])}
+    sides = [each.model_dump(mode="json") for each in (params, made)]
+    for block, names in needed.items():
+        verb, _, key = block.partition(".")
+        given, before = (side[verb].get(key) for side in sides)
+        if given is None or before is None:
+            continue  # who is not there is refused when the stages are chosen
+        for each in names:
+            if given.get(each) != before.get(each):  # not every algorithm has every one of them
+                raise StillhouseError(
+                    f"{block}.{each}: {given.get(each)} was given, but what is in production was made with {before.get(each)}, and to "
+                    "go on from it needs the same; leave it as it was, or start afresh: `stillhouse run`, then `stillhouse promote`"
+                )
+
+
 def user_module_files(module: str) -> list[str]:
     """The files of the user's own environment module, where it lies in the workspace; an installed one has none."""
     if not module:
@@ -460,7 +485,12 @@ def pruned_lock(text: str, names: set[str]) -> str:
 
 
 def make_plan(
-    suite: str, overrides: list[str], *, overwrite: bool = False, in_place_run: bool = False
+    suite: str,
+    overrides: list[str],
+    *,
+    overwrite: bool = False,
+    in_place_run: bool = False,
+    production: bool = False,
 ) -> list[Stage]:
     """Plan: check the parameters, write ``params/pipeline.yaml`` and ``dvc.yaml``, prune ``dvc.lock``.
 
@@ -469,18 +499,23 @@ def make_plan(
         overrides: ``key=value`` each.
         overwrite: write ``dvc.yaml`` anew even where it was edited by hand.
         in_place_run: refuse to replace parameters that were edited by hand.
+        production: instead of a suite, take the parameters that made what is in production, to train on.
 
     Raises:
         StillhouseError: one line: what is wrong with the parameters, or which file was edited by hand.
     """
-    from tasks.params import check_environments, load_pipeline, load_suite
+    from tasks.params import check_environments, load_pipeline, load_production, load_suite
 
-    params = load_suite(suite, overrides) if suite else load_pipeline()
+    if production:
+        params, made = load_production(overrides)
+        _check_continues(params, made)
+    else:
+        params = load_suite(suite, overrides) if suite else load_pipeline()
     check_environments(params)
     stages = stages_of(params)
     if not overwrite:
         refuse_hand_edit()
-    if suite:
+    if suite or production:
         if in_place_run and edited_by_hand(PIPELINE):
             raise StillhouseError(
                 f"{PIPELINE} was edited by hand: keep the edit as params/suites/NAME.yaml and run that, or undo it with "
@@ -527,10 +562,11 @@ def main(argv: list[str] | None = None) -> None:
         "--overwrite", action="store_true", help="write dvc.yaml anew though it was edited by hand"
     )
     parser.add_argument("--in-place-run", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--production", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="print the stages as JSON")
     arguments = parser.parse_args(argv)
     try:
-        if arguments.overrides and not arguments.suite:
+        if arguments.overrides and not (arguments.suite or arguments.production):
             raise StillhouseError(
                 "--set: name the suite it applies to, for example `stillhouse plan quickstart --set ...`"
             )
@@ -549,6 +585,7 @@ def main(argv: list[str] | None = None) -> None:
                 arguments.overrides,
                 overwrite=arguments.overwrite,
                 in_place_run=arguments.in_place_run,
+                production=arguments.production,
             )
         if arguments.json:
             print(json.dumps([asdict(stage) for stage in stages]))

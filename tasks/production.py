@@ -1,13 +1,12 @@
 """What is in production: teachers with their training state, datasets and the student, in one folder that DVC tracks.
 
 ``data/production.dvc``, committed, says which: promoting is a commit of it, and so is rolling back. Retraining's stages read the
-folder like any other input.
+folder like any other input. How it comes to be is in ``tasks.promotion``, which no stage reads: an edit there reruns none.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,24 +14,25 @@ from pydantic import Field
 
 from stillhouse.config import Config, parse
 from stillhouse.errors import StillhouseError
-from stillhouse.files import MANIFEST, replace_folder, write_json
 
 FOLDER = Path("data/production")
 POINTER = Path("data/production.dvc")
 ABOUT = "production.json"
 # What is kept of each environment: folder in data/, and in production.
 PARTS = ("teachers", "training_state", "datasets")
+_VERSION: Literal[2] = 2
 
 
 class Production(Config):
     """``data/production/production.json``."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = _VERSION
     generation: int = Field(ge=0, description="0: put there by hand; else the retraining that made it")
     suite: str
     student: str
     seed: int
     environments: list[str] = Field(min_length=1)
+    params: dict[str, Any] = Field(description="of the pipeline that made it, complete")
     decision: dict[str, Any] = Field(
         default_factory=dict, description="the comparison that it was promoted by"
     )
@@ -42,7 +42,7 @@ def read_production(root: Path = Path()) -> Production:
     """What the folder says about itself.
 
     Raises:
-        StillhouseError: nothing is in production, or its files are not here.
+        StillhouseError: nothing is in production, or its files are not here, damaged or of another version.
     """
     path = root / FOLDER / ABOUT
     if not path.is_file():
@@ -50,10 +50,25 @@ def read_production(root: Path = Path()) -> Production:
             raise StillhouseError(
                 f"{FOLDER}: not here; `dvc pull {POINTER}` or `dvc checkout {POINTER}` brings it"
             )
+        raise StillhouseError(NOTHING)
+    try:
+        content = json.loads(path.read_text())
+    except ValueError:  # not JSON, or not even text
         raise StillhouseError(
-            "nothing is in production yet: `stillhouse promote STUDENT-sSEED` puts a student there, with its teachers"
+            f"{path}: damaged; `dvc checkout --force {POINTER}` brings what the cache has, `stillhouse verify` says whether that is sound"
+        ) from None
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version != _VERSION:
+        raise StillhouseError(
+            f"{path}: schema version {version}, but this stillhouse reads version {_VERSION}; `stillhouse promote STUDENT-sSEED` "
+            "makes it anew"
         )
-    return parse(Production, json.loads(path.read_text()), str(path))
+    return parse(Production, content, str(path))
+
+
+NOTHING = (
+    "nothing is in production yet: `stillhouse promote STUDENT-sSEED` puts a student there, with its teachers"
+)
 
 
 def part(kind: str, environment: str) -> Path:
@@ -64,25 +79,3 @@ def part(kind: str, environment: str) -> Path:
 def student_path(name: str) -> Path:
     """Where production keeps the student."""
     return FOLDER / "students" / name
-
-
-def build(root: Path, about: Production) -> None:
-    """Make ``data/production`` from what the pipeline has left in ``root``; the old one is replaced in one step.
-
-    Raises:
-        StillhouseError: something of it is missing.
-    """
-    wanted = {root / "data/students" / f"{about.student}-s{about.seed}": student_path(about.student)}
-    for environment in about.environments:
-        for kind in PARTS:
-            wanted[root / "data" / kind / f"{environment}-s{about.seed}"] = part(kind, environment)
-    for source in wanted:
-        if not (source / MANIFEST).is_file():
-            raise StillhouseError(
-                f"{source.relative_to(root)}: missing or unfinished; `stillhouse run` makes it"
-            )
-    with replace_folder(root / FOLDER) as folder:
-        for source, place in wanted.items():
-            # Outs may be links into DVC's cache: a copy's permissions must not be theirs.
-            shutil.copytree(source, folder / place.relative_to(FOLDER), copy_function=shutil.copyfile)
-        write_json(folder / ABOUT, about.model_dump(mode="json"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 from clones import make_clone, stillhouse
 
 from flows.production import next_generation
+from flows.retraining import _capped, _check_override
+from stillhouse.errors import StillhouseError
 
 EASY = """
 import gymnasium, numpy as np
@@ -56,6 +59,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stillhouse(clone, "run", "tiny", "--in-place", *STAGES)
     git(clone, "add", "--all")
     git(clone, "commit", "--quiet", "--message", "trained")
+    git(clone, "branch", "--move", "main")
     return clone
 
 
@@ -123,9 +127,19 @@ def test_a_better_one_is_promoted_by_a_commit_and_rolled_back_by_another(clone: 
     stillhouse(clone, "promote", "small-s0")
     by_hand = about(clone)["generation"]
 
-    said = stillhouse(clone, "retrain", *ANYTHING)
+    # Today's suite is another one, and the files of production were never brought here: neither matters.
+    suite.write_text(TINY.replace("algorithm: dqn, ", "algorithm: dqn, gamma: 0.5, "))
+    git(clone, "commit", "--quiet", "--all", "--message", "another suite")
+    shutil.rmtree(clone / "data/production")
+    said = stillhouse(clone, "retrain", *ANYTHING, "--set", "retraining.learning_rate_factor=0.4")
     assert f"generation {by_hand + 1} is in production (commit " in said
     assert about(clone)["generation"] == by_hand + 1 and about(clone)["decision"]["promote"]
+    params = about(clone)["params"]
+    assert params["train_teacher"]["easy"]["gamma"] == 0.99
+    assert params["distill_student"]["small"]["environments"] == ["easy"]
+    # What was said for this one attempt is not said for the next.
+    assert params["retraining"]["generation"] == 0 and params["retraining"]["learning_rate_factor"] == 0.5
+    assert about(clone)["decision"]["promotion"]["capped_share"]["candidate"] == {"easy": 0.0}
     assert "better with probability" in git(clone, "show", "--format=%b", "--no-patch")
     assert git(clone, "status", "--porcelain") == ""
     teacher = json.loads((clone / "data/production/teachers/easy/spec.json").read_text())
@@ -133,6 +147,23 @@ def test_a_better_one_is_promoted_by_a_commit_and_rolled_back_by_another(clone: 
 
     said = stillhouse(clone, "retrain", "--probability", "1", "--floor", "50")
     assert "the floor is 50" in said and about(clone)["generation"] == by_hand + 1
+
+    # Better, but nobody can move the branch: what took so long to make is kept.
+    worktrees = {*(clone / ".stillhouse/worktrees").iterdir()}
+    head, pointer = git(clone, "rev-parse", "HEAD"), (clone / "data/production.dvc").read_text()
+    hook = clone / ".git/hooks/reference-transaction"
+    hook.write_text('#!/bin/sh\nif [ "$1" = prepared ] && grep -q refs/heads/main; then exit 1; fi\n')
+    hook.chmod(0o755)
+    said = " ".join(stillhouse(clone, "retrain", *ANYTHING, code=1).split())
+    hook.unlink()
+    assert "is better, but was not promoted: main could not be moved to the new commit" in said
+    assert "production stays as it is" in said
+    (kept,) = {*(clone / ".stillhouse/worktrees").iterdir()} - worktrees
+    assert str(kept.relative_to(clone)) in said and (kept / "data/students/small-s0/spec.json").exists()
+    assert kept.name in git(clone, "for-each-ref", "refs/exps"), "and saved"
+    assert git(clone, "rev-parse", "HEAD") == head and git(clone, "status", "--porcelain") == ""
+    assert (clone / "data/production.dvc").read_text() == pointer
+    assert about(clone)["generation"] == by_hand + 1
 
     said = stillhouse(clone, "rollback")
     assert said.startswith(f"generation {by_hand} is in production: commit ")
@@ -146,23 +177,58 @@ def test_a_better_one_is_promoted_by_a_commit_and_rolled_back_by_another(clone: 
     assert f"generation {by_hand + 1} is" in stillhouse(clone, "rollback", "--generation", str(by_hand + 1))
 
 
-def test_only_one_retrains_at_a_time(clone: Path) -> None:
+def test_only_one_at_a_time_changes_what_is_in_production(clone: Path) -> None:
     with open(clone / ".stillhouse/retraining.lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "another retraining is in progress here" in stillhouse(clone, "retrain", code=2)
+        for command in (("retrain",), ("promote", "small-s0"), ("rollback",)):
+            said = stillhouse(clone, *command, code=2)
+            assert "another retraining, promotion or rollback is in progress here" in said
 
 
-def test_a_pointer_that_was_edited_is_not_overwritten(clone: Path) -> None:
+def test_a_checkout_that_is_not_ready_is_refused_before_any_work(clone: Path) -> None:
     pointer = clone / "data/production.dvc"
     text = pointer.read_text()
     pointer.write_text(text + "# edited\n")
+    commands = (("promote", "small-s0"), ("rollback",), ("retrain",))
     try:
-        for command in (("promote", "small-s0"), ("rollback",)):
+        for command in commands:
             assert "data/production.dvc has changes that are not committed" in stillhouse(
                 clone, *command, code=2
             )
     finally:
         pointer.write_text(text)
+    git(clone, "checkout", "--quiet", "--detach")
+    try:
+        for command in commands:
+            assert "no branch is checked out" in stillhouse(clone, *command, code=2)
+    finally:
+        git(clone, "switch", "--quiet", "main")
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("budget=2", "env_steps and updates say"),
+        ("seeds=[3]", "the seed is production's"),
+        ("suite=smoke", "with the parameters that made it"),
+        (" retraining.student =other", "the student is production's"),
+        ("retraining.generation=1", "a number of its own"),
+        ("retraining={student: other}", "one by one"),
+    ],
+)
+def test_what_production_decides_cannot_be_set(override: str, reason: str) -> None:
+    with pytest.raises(StillhouseError, match=f"cannot be set in a retraining: .*{reason}"):
+        _check_override(override)
+    _check_override("retraining.learning_rate_factor=0.2")
+    _check_override("train_teacher.easy.gamma=0.2")
+
+
+def test_episodes_that_were_ended_are_said() -> None:
+    shares = {"candidate": {"easy": 0.25, "acrobot": 0.0}, "production": {"easy": 0.5}, "random": {"easy": 0}}
+    assert _capped({"capped_share": shares}) == (
+        "; episodes ended after 10,000 steps: 25% of candidate in easy, 50% of production in easy"
+    )
+    assert _capped({"capped_share": {who: {"easy": 0.0} for who in shares}}) == ""
 
 
 def test_a_generation_is_never_used_twice(clone: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 from pathlib import Path
@@ -200,3 +201,87 @@ def test_dead_entries_leave_the_lock():
     assert pruned_lock(lock, {"a-s0", "b-s0", "c"}) == lock
     assert pruned_lock(lock, {"a-s0", "c"}) == lock.replace("  b-s0:\n    cmd: y\n", "")
     assert pruned_lock(lock, {"b-s0"}) == "schema: '2.0'\nstages:\n  b-s0:\n    cmd: y\n"
+
+
+def put_into_production(**changes):
+    """As `stillhouse promote` leaves it: the quickstart's student of seed 1."""
+    params = load_suite("quickstart", []).model_dump(mode="json")
+    about = {
+        "schema_version": 2,
+        "generation": 0,
+        "suite": "quickstart",
+        "student": "small",
+        "seed": 1,
+        "environments": sorted(params["distill_student"]["small"]["environments"]),
+        "params": params | changes,
+        "decision": {},
+    }
+    Path("data/production").mkdir(parents=True, exist_ok=True)
+    Path("data/production/production.json").write_text(json.dumps(about))
+
+
+RETRAIN = ["retraining.generation=3", "seeds=[1]", "retraining.student=small"]
+
+
+def test_a_retraining_is_planned_from_what_made_production(project):
+    put_into_production()
+    suite = Path("params/suites/quickstart.yaml")
+    before = load_suite("quickstart", [])
+    suite.write_text("suite: quickstart\n")  # today's is no longer of use
+    stages = by_name(make_plan("", [*RETRAIN, "train_teacher.replay_capacity=1234567"], production=True))
+    student = stages["distill_student-small-s1"]
+    assert "data/production" in student.deps and "retraining" in student.params
+    assert stages["train_teacher-acrobot-s1"].deps[-1] == "data/production"
+    assert "compare_production-small-s1" in stages and not any(name.endswith("-s0") for name in stages)
+    planned = load_pipeline()
+    assert planned.train_teacher["acrobot"] == before.train_teacher["acrobot"]
+    assert planned.train_teacher["cartpole"].model_dump()["replay_capacity"] == 1234567
+    assert planned.suite == "quickstart" and planned.retraining.generation == 3
+    check_plan()
+
+
+@pytest.mark.parametrize(
+    ("override", "match"),
+    [
+        (
+            "train_teacher.cartpole.algorithm=pqn",
+            r"train_teacher.cartpole.algorithm: pqn was given, .* made with dqn",
+        ),
+        (
+            "train_teacher.cartpole.gamma=0.5",
+            r"train_teacher.cartpole.gamma: 0.5 was given, .* made with 0.99",
+        ),
+        ("train_teacher.cartpole.network.features=7", r"train_teacher.cartpole.network: .*7.* was given"),
+        ("distill_student.small.loss=mse", r"distill_student.small.loss: mse was given, .* made with kl"),
+        ("distill_student.small.method=on_policy", r"distill_student.small.method: on_policy was given"),
+        (
+            "distill_student.small.environments=[cartpole]",
+            r"distill_student.small.environments: \['cartpole'\] was",
+        ),
+        ("distill_student.small.size.features=7", r"distill_student.small.size: .*7.* was given"),
+        (
+            "retraining.student=smal",
+            r"retraining.student: 'smal' is not among the students .*did you mean 'small'",
+        ),
+    ],
+)
+def test_what_production_cannot_go_on_to_is_refused(project, override, match):
+    put_into_production()
+    with pytest.raises(StillhouseError, match=match) as caught:
+        make_plan("", [*RETRAIN, override], production=True)
+    assert "\n" not in str(caught.value)
+    assert not DVC_YAML.exists()
+
+
+def test_parameters_of_another_release_are_refused_in_one_line(project):
+    put_into_production(seeds="all")
+    with pytest.raises(
+        StillhouseError, match=r"data/production/production.json: params.seeds: .* 'all' was given"
+    ):
+        make_plan("", RETRAIN, production=True)
+    put_into_production(no_longer_known=1)
+    with pytest.raises(StillhouseError, match=r"params.no_longer_known: unknown parameter"):
+        make_plan("", RETRAIN, production=True)
+    shutil.rmtree("data/production")
+    with pytest.raises(StillhouseError, match="nothing is in production yet"):
+        make_plan("", RETRAIN, production=True)

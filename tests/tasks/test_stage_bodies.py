@@ -9,15 +9,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gymnasium
+import numpy as np
 import pytest
 import torch
 
 from stillhouse.agents import make_learner
 from stillhouse.checkpoint import load_checkpoint, load_state, save_checkpoint, save_state
 from stillhouse.datasets.reader import Dataset
-from stillhouse.envs.make import EnvironmentConfig
+from stillhouse.envs.make import EnvironmentConfig, describe
 from stillhouse.errors import StillhouseError
+from stillhouse.evaluation import rollouts
+from stillhouse.networks.multi_task import NetworkSize, NetworkSpec, build_network
+from stillhouse.types import environment_spec
 from tasks.collect_dataset import collect_dataset
+from tasks.compare_production import compare_production
 from tasks.distill_student import distill_student
 from tasks.evaluate import evaluate_environment
 from tasks.stage import Interrupted
@@ -244,3 +250,55 @@ def test_a_student_is_judged_against_the_teacher_it_learnt_from() -> None:
         StillhouseError, match=r"cartpole-s0: played by the teacher \w+, but the checkpoint named is"
     ):
         distill(feature_weight=0.01)
+
+
+class Endless(gymnasium.Env):
+    """Never ends, and pays for action 1."""
+
+    observation_space = gymnasium.spaces.Box(0, 1, (2,), np.float32)
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.np_random.random(2, np.float32), {}
+
+    def step(self, action):
+        return self.np_random.random(2, np.float32), float(action), False, False, {}
+
+
+def test_a_candidate_is_compared_greedily_and_ended_episodes_are_counted(monkeypatch) -> None:
+    gymnasium.register("tests/EndlessProduction-v0", entry_point=Endless)
+    monkeypatch.setattr(rollouts, "STEP_CAP", 20)
+    environments = {"endless": {"id": "tests/EndlessProduction-v0"}, "cartpole": CARTPOLE}
+    for path, favoured in (("data/students/small-s0", 1), ("data/production/students/small", 0)):
+        specs = {
+            name: environment_spec(*describe(EnvironmentConfig(**config)), name)
+            for name, config in environments.items()
+        }
+        spec = NetworkSpec(size=NetworkSize(**SIZE), environments=specs, output="logits")
+        network = build_network(spec, 0)
+        with torch.no_grad():
+            network.heads["endless"].weight.zero_()
+            network.heads["endless"].bias.copy_(torch.eye(2)[favoured])
+        save_checkpoint(Path(path), network, {})
+    about = {
+        "schema_version": 2,
+        "generation": 4,
+        "suite": "toy",
+        "student": "small",
+        "seed": 0,
+        "params": {},
+    }
+    about |= {"environments": sorted(environments), "decision": {}}
+    Path("data/production/production.json").write_text(json.dumps(about))
+    block = {"generation": 5, "episodes": 4, "probability": 0.5, "floor": 0.5}
+    compare_production(context("small", [], retraining=block, environments=environments))
+    found = json.loads(Path("data/evaluation/promotion.json").read_text())
+    assert (found["generation"], found["against"]) == (5, 4)
+    for stream in ("promotion", "confirmation"):
+        returns, capped = found[stream]["returns"], found[stream]["capped_share"]
+        assert returns["candidate"]["endless"] == 20 and returns["production"]["endless"] == 0, "greedily"
+        assert all(share == {"cartpole": 0.0, "endless": 1.0} for share in capped.values())
+    # Production is worse than random play there, so there is no score.
+    assert not found["promote"]
+    assert "promotion: endless at none of production, the floor is 0.5" in found["reasons"]
