@@ -19,7 +19,7 @@ from pathlib import Path
 from flows.workspace import PRIVATE, git, own_worktree, remove_worktree
 from stillhouse.config import near, parse
 from stillhouse.errors import StillhouseError
-from stillhouse.files import check_folder
+from stillhouse.files import check_folder, write_atomic
 from tasks.git import read
 from tasks.production import FOLDER, NOTHING, POINTER, Production, read_production
 from tasks.promotion import Pointer, build, describe_student, parse_pointer, read_params
@@ -27,8 +27,6 @@ from tasks.recorded import is_in, object_path, recorded_files
 from tasks.run_stage import call_dvc
 from tasks.stage import cache_folder
 
-# To put one file into place is no occasion for a hook, whose failure would be taken for git's.
-_NO_HOOKS = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "core.hooksPath", "GIT_CONFIG_VALUE_0": os.devnull}
 ATTEMPTS = "refs/stillhouse/generation"  # a git reference for each number that was taken
 # What git has begun and not ended, by the file or folder that it leaves in its own.
 _UNFINISHED = {
@@ -299,26 +297,33 @@ def _replace(checkout: Path, now: Standing, pointer: Pointer, message: str) -> s
             f"{_short(now.branch)} could not be moved to the new commit, and is as it was ({error}); begin again"
         ) from None
     try:
-        git(checkout, "checkout", "--quiet", commit, "--", str(POINTER), **_NO_HOOKS)
-        call_dvc(checkout, "production", "checkout", str(POINTER))
+        _follow(checkout, pointer)
         read_production(checkout)
         check_folder(checkout / FOLDER)
-    except BaseException:
-        _undo(checkout, now, commit)
+    except BaseException as error:
+        try:
+            git(checkout, "update-ref", now.branch, now.commit, commit)
+        except StillhouseError:
+            raise StillhouseError(
+                f"{error}; commit {commit[:12]} was made all the same, and cannot be taken back, as {_short(now.branch)} has moved on: "
+                f"`dvc checkout {POINTER}` brings its files"
+            ) from error
+        # As far as it goes: what has led here may stand in the way again.
+        with contextlib.suppress(StillhouseError):
+            _follow(checkout, now.pointer)
         raise
     return commit[:12]
 
 
-def _undo(checkout: Path, before: Standing, commit: str) -> None:
-    """Branch, pointer and files as they were. Each as far as it goes: what has led here may stand in the way again."""
-    with contextlib.suppress(StillhouseError):
-        git(checkout, "update-ref", before.branch, before.commit, commit)
-        if before.pointer is None:
-            git(checkout, "rm", "--quiet", "--cached", "--", str(POINTER))
-            (checkout / POINTER).unlink(missing_ok=True)
-        else:
-            git(checkout, "checkout", "--quiet", before.commit, "--", str(POINTER), **_NO_HOOKS)
-            call_dvc(checkout, "production", "checkout", str(POINTER))
+def _follow(checkout: Path, pointer: Pointer | None) -> None:
+    """Bring pointer and files of the checkout, and the pointer's entry in git's index, to what was committed."""
+    if pointer is None:
+        (checkout / POINTER).unlink(missing_ok=True)
+        git(checkout, "update-index", "--force-remove", "--", str(POINTER))
+        return
+    write_atomic(checkout / POINTER, pointer.text)
+    git(checkout, "update-index", "--add", "--", str(POINTER))
+    call_dvc(checkout, "production", "checkout", str(POINTER))
 
 
 def _commit(checkout: Path, now: Standing, text: str, message: str) -> str:
@@ -338,7 +343,8 @@ def _commit(checkout: Path, now: Standing, text: str, message: str) -> str:
     variables: dict[str, str] = {}
     for key, value in (("name", "stillhouse"), ("email", "stillhouse@localhost")):
         if not _configured(checkout, f"user.{key}"):
-            variables |= {f"GIT_{role}_{key.upper()}": value for role in ("AUTHOR", "COMMITTER")}
+            names = (f"GIT_{role}_{key.upper()}" for role in ("AUTHOR", "COMMITTER"))
+            variables |= {name: os.environ.get(name, value) for name in names}
     return git(checkout, "commit-tree", "-m", message, "-p", now.commit, tree, **variables).strip()
 
 

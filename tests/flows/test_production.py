@@ -388,3 +388,17 @@ def test_a_damaged_production_is_said_in_one_line(promoted: Path) -> None:
         with pytest.raises(StillhouseError, match=match) as caught:
             read_production()
         assert "\n" not in str(caught.value)
+
+
+def test_a_commit_that_cannot_be_taken_back_is_named(promoted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def follow(*_: object) -> None:
+        git("commit", "--no-gpg-sign", "--quiet", "--allow-empty", "--message", "somebody")
+        raise StillhouseError("disk full")
+
+    monkeypatch.setattr("flows.production._follow", follow)
+    train("second")
+    with pytest.raises(
+        StillhouseError, match="disk full; commit .* cannot be taken back, as main has moved on"
+    ):
+        promote_by_hand(promoted, "small-s0")
+    assert git("log", "-2", "--format=%s").splitlines() == ["somebody", "Promote small of generation 1"]
