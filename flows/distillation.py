@@ -20,7 +20,7 @@ from flows.display import console
 from flows.graph import Outcome, run_graph
 from flows.results import publish, run_facts, show
 from flows.runners import Address, Cluster, Exchange, Runner
-from flows.workspace import find_checkout, in_checkout, in_place, own_worktree, plan
+from flows.workspace import RunError, find_checkout, in_checkout, in_place, own_worktree, plan
 from stillhouse.errors import StillhouseError
 from tasks.run_stage import call_dvc
 
@@ -128,6 +128,8 @@ def distillation(
                 console.print(f"workspace {name}")
             outcome = _run(workspace, checkout, suite, overrides, selection, workers, cluster)
             saved = not here and not outcome.failed and save_experiment(workspace, experiment)
+    except RunError as error:
+        return Failed(message=str(error))
     except StillhouseError as error:
         return Failed(name="Rejected", message=str(error))  # nothing ran: what was asked for cannot be done
     text = outcome.text() + (f"; saved as experiment {experiment}" if saved else "")
@@ -140,8 +142,10 @@ def distillation(
 
 
 def run_id(name: str, identifier: str) -> str:
-    """What a flow run's worktree and experiment are called: its name, made safe, and the start of its id."""
-    return re.sub(r"[^a-z0-9-]", "-", f"{name}-{identifier[:6]}".lower())
+    """What a flow run's worktree and experiment are called: its name, made safe, the start of its id, and which attempt it is."""
+    # "Retry" in the UI starts the same run again; what the earlier attempt has left keeps its own name.
+    attempt = f"-{flow_run.run_count}" if (flow_run.run_count or 1) > 1 else ""
+    return re.sub(r"[^a-z0-9-]", "-", f"{name}-{identifier[:6]}{attempt}".lower())
 
 
 def flat_overrides(

@@ -16,6 +16,7 @@ from pathlib import Path
 from flows.graph import edges
 from flows.workspace import PRIVATE, own_worktree, remove_worktree
 from stillhouse.errors import StillhouseError
+from tasks.cache import cache_in_use
 from tasks.plan import Stage
 from tasks.recorded import Entry, Out, is_in, object_path, read_recorded
 from tasks.reproduce import fetch_missing, reproduce
@@ -34,6 +35,11 @@ def verify(checkout: Path, commit: str) -> tuple[list[Checked], int]:
 
 def repair(checkout: Path, commit: str, checked: list[Checked]) -> Iterator[str]:
     """Mend what :func:`verify` found; a line for each thing done, or that could not be."""
+    with cache_in_use(checkout):  # what is put back must not be taken out again before all is
+        yield from _repair(checkout, commit, checked)
+
+
+def _repair(checkout: Path, commit: str, checked: list[Checked]) -> Iterator[str]:
     entries, cache = read_recorded(checkout, commit), cache_folder(checkout)
     for file in checked:
         if file.cache == "damaged":

@@ -10,11 +10,12 @@ import argparse
 import contextlib
 import copy
 import fcntl
+import io
 import json
 import logging
 import os
-import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -22,10 +23,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import dvc.dvcfile
+import dvc.output
 import dvc.stage.cache
+import dvc.utils.serialize._common
+import dvc.utils.serialize._yaml
 from dvc.config import NoRemoteError
 from dvc.exceptions import CheckoutError, DvcException, FileTransferError, ReproductionError
 from dvc.fs import generic
@@ -35,11 +38,14 @@ from dvc.stage.exceptions import StageCmdFailedError
 from dvc.stage.serialize import to_single_stage_lockfile
 
 from stillhouse.errors import StillhouseError
-from stillhouse.files import write_json
+from stillhouse.files import check_folder, write_json
+from tasks.cache import cache_in_use
 from tasks.digest_code import FOLDER as CODE
 from tasks.digest_code import environment
+from tasks.git import git
 from tasks.machine import MACHINES, processor, record
-from tasks.recorded import read_recorded
+from tasks.recorded import KEPT_LOCK, is_whole, read_recorded
+from tasks.recorded import LOCK as LOCK_NAME
 from tasks.stage import (
     DVC_YAML,
     MARKER_FILE,
@@ -54,24 +60,23 @@ from tasks.stage import (
     write_yaml,
 )
 
-LOCK = Path("dvc.lock")
-KEPT_LOCK = Path(".dvc/tmp/dvc.lock.kept")
+LOCK = Path(LOCK_NAME)
 
 
 def keep_lock() -> None:
-    """Copy a sound ``dvc.lock`` aside: DVC truncates it in place, and a kill then would lose what it knows."""
-    if LOCK.exists() and _parses(LOCK):
-        KEPT_LOCK.parent.mkdir(parents=True, exist_ok=True)
-        temporary = KEPT_LOCK.with_name(f"{KEPT_LOCK.name}.{os.getpid()}")
-        shutil.copy2(LOCK, temporary)
-        os.replace(temporary, KEPT_LOCK)
+    """Copy a whole ``dvc.lock`` aside: a plain `dvc repro` truncates it in place, and a kill then would lose what it knows."""
+    if LOCK.exists() and is_whole(text := LOCK.read_text()):
+        _replace(KEPT_LOCK, text)
 
 
 def restore_lock() -> None:
     """Put the copy back where ``dvc.lock`` was cut off. Call it with DVC's repository lock held."""
-    if LOCK.exists() and not _parses(LOCK):
+    for left in KEPT_LOCK.parent.glob(f"{LOCK}.*"):
+        if left != KEPT_LOCK:
+            left.unlink(missing_ok=True)  # of a write that was killed: nobody else writes now
+    if LOCK.exists() and not is_whole(LOCK.read_text(errors="replace")):
         if KEPT_LOCK.exists():
-            shutil.copy2(KEPT_LOCK, LOCK)
+            _replace(LOCK, KEPT_LOCK.read_text())
             print(
                 "dvc.lock was cut off by an interruption; the copy made before was put back", file=sys.stderr
             )
@@ -81,24 +86,59 @@ def restore_lock() -> None:
             )
 
 
-def _parses(path: Path) -> bool:
+def _replace(path: Path, text: str) -> None:
+    """Write a lock file whole or not at all, by way of DVC's own temporary files: what a kill leaves there, git does not see."""
+    temporary = KEPT_LOCK.with_name(f"{LOCK}.{os.getpid()}")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
-        content = read_yaml(path)
-    except StillhouseError:
-        return False
-    return isinstance(content, dict) and "schema" in content
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(
+            error.errno, error.strerror, str(path)
+        ) from error  # of a full disk Python names no file
 
 
-def _keep_before_each_write() -> None:
-    # DVC has no hook here. Both writers hold its repository lock, so no two processes copy or write at a time.
-    for method in ("dump_stages", "remove_stage"):
-        original: Callable[..., Any] = getattr(dvc.dvcfile.Lockfile, method)
+_dump_in_place: Callable[..., None] = dvc.utils.serialize._common._dump_data
 
-        def guarded(self: Any, *args: Any, _original: Callable[..., Any] = original, **kwargs: Any) -> Any:
-            keep_lock()
-            return _original(self, *args, **kwargs)
 
-        setattr(dvc.dvcfile.Lockfile, method, guarded)
+def _dump_lock_in_one_step(path: Any, data: Any, dumper: Any, fs: Any = None, **options: Any) -> None:
+    if os.path.basename(path) != str(LOCK):
+        return _dump_in_place(path, data, dumper, fs=fs, **options)
+    keep_lock()
+    text = io.StringIO()
+    dumper(data, text, **options)
+    _replace(Path(path), text.getvalue())
+
+
+_transfer: Callable[..., Any] = dvc.output.otransfer
+
+
+def _transfer_all(*arguments: Any, **options: Any) -> Any:
+    last = _Last()
+    logger = logging.getLogger("dvc_data")
+    logger.addHandler(last)
+    try:
+        result = _transfer(*arguments, **options)
+    finally:
+        logger.removeHandler(last)
+    if result.failed:
+        raise DvcException(f"the outs cannot all be put into the cache, so nothing is recorded{last.text}")
+    return result
+
+
+def _mend_dvc() -> None:
+    """Make DVC record a stage whole or not at all. It has no hooks for either."""
+    # It truncates dvc.lock and then fills it. Both of its writers come through these, with its repository lock held, so that no
+    # two processes write at a time.
+    dvc.utils.serialize._common._dump_data = _dump_lock_in_one_step
+    dvc.utils.serialize._yaml._dump_data = _dump_lock_in_one_step
+    # What it cannot put into the cache, on a full disk for example, it logs, and records the out all the same.
+    dvc.output.otransfer = _transfer_all
 
 
 def _open() -> Repo:
@@ -170,12 +210,21 @@ def run(name: str, force: bool, check: bool = False, exchange: bool = False) -> 
         signal.signal(signal.SIGTERM, stop)
         # Held from before DVC looks: whoever waits here finds the other run's result in the run-cache.
         with hold_scratch(inputs_key(stage_entry(name))) as scratch:
+            _bring_back(scratch)
             _reproduce(repo, name, marker, force=force, pull=exchange)
-            clear_scratch(scratch)
+            for saved in (scratch, *scratch.parent.glob(f".{scratch.name}.*")):
+                clear_scratch(saved)
         made_on = processor() if marker.exists() else ""
         _record(repo, name, made_on)
         pushed = {"entry": _push_outs(name), "processor": made_on} if exchange else {}
         return {"executed": marker.exists(), **pushed}
+
+
+def _bring_back(scratch: Path) -> None:
+    """Put a saved state in its place that a kill between two renames has left beside it."""
+    if not scratch.exists():
+        with contextlib.suppress(StillhouseError):  # mostly there is none
+            check_folder(scratch)
 
 
 def _record(repo: Repo, name: str, made_on: str) -> None:
@@ -493,8 +542,8 @@ def save(name: str) -> dict[str, Any]:
             for role in ("AUTHOR", "COMMITTER"):
                 os.environ.setdefault(f"GIT_{role}_{key.upper()}", value)
     try:
-        # Whether git has it yet or not, who made what goes with the experiment.
-        new = [str(MACHINES)] if MACHINES.exists() else []
+        # Whether git has them yet or not, the experiment is nothing without what the run has read, and who made what.
+        new = sorted({*_untracked_inputs(), *([str(MACHINES)] if MACHINES.exists() else [])})
         # On its way DVC keeps references in git that all worktrees share: one at a time.
         scratch_root().mkdir(parents=True, exist_ok=True)
         with open(scratch_root() / "saving", "a") as lock:
@@ -503,6 +552,18 @@ def save(name: str) -> dict[str, Any]:
         return {"experiment": name, "commit": commit}
     except Exception as error:  # the git libraries under DVC have errors of their own
         raise StillhouseError(f"the run could not be saved as an experiment: {_one_line(error)}") from error
+
+
+def _untracked_inputs() -> list[str]:
+    """What git does not have of what the stages read and DVC does not keep: suites, the user's modules."""
+    entries = (read_yaml(DVC_YAML) or {}).get("stages", {}).values()
+    read = {Path(dep) for entry in entries for dep in entry.get("deps", [])}
+    listed = git(Path(), "ls-files", "--others", "--exclude-standard", "-z").split("\0")
+    return [
+        name
+        for name in filter(None, listed)
+        if name.startswith("params/") or read & {Path(name), *Path(name).parents}
+    ]
 
 
 def main() -> None:
@@ -539,34 +600,45 @@ def main() -> None:
     for command in ("push", "pull"):
         commands.add_parser(command).add_argument("--remote", default="")
     arguments = parser.parse_args()
-    _keep_before_each_write()
+    _mend_dvc()
     try:
-        if arguments.command == "run":
-            answer = run(arguments.name, arguments.force, arguments.check, arguments.exchange)
-        elif arguments.command == "begin":
-            answer = begin(arguments.names, arguments.exchange)
-        elif arguments.command == "fetch":
-            answer = fetch(arguments.targets, arguments.revision)
-        elif arguments.command == "checkout":
-            answer = check_out(arguments.targets, arguments.into)
-        elif arguments.command == "add":
-            answer = add(arguments.target, arguments.about)
-        elif arguments.command == "put":
-            answer = put(arguments.source)
-        elif arguments.command == "send":
-            answer = send(arguments.name, arguments.force)
-        elif arguments.command == "receive":
-            answer = receive(arguments.name, arguments.force, arguments.entry, arguments.processor)
-        elif arguments.command == "push":
-            answer = push(arguments.remote)
-        elif arguments.command == "pull":
-            answer = pull(arguments.remote)
-        else:
-            answer = save(arguments.name)
-        write_json(arguments.answer, answer)
+        with cache_in_use(Path()):
+            write_json(arguments.answer, _answer(arguments))
     except (StillhouseError, DvcException, OSError) as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _fail(_one_line(error))
+    except sqlite3.Error as error:
+        _fail(f"DVC's own records of files cannot be written ({error}): free space or check permissions")
+
+
+def _fail(text: str) -> NoReturn:
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def _answer(arguments: argparse.Namespace) -> dict[str, Any]:
+    match arguments.command:
+        case "run":
+            return run(arguments.name, arguments.force, arguments.check, arguments.exchange)
+        case "begin":
+            return begin(arguments.names, arguments.exchange)
+        case "fetch":
+            return fetch(arguments.targets, arguments.revision)
+        case "checkout":
+            return check_out(arguments.targets, arguments.into)
+        case "add":
+            return add(arguments.target, arguments.about)
+        case "put":
+            return put(arguments.source)
+        case "send":
+            return send(arguments.name, arguments.force)
+        case "receive":
+            return receive(arguments.name, arguments.force, arguments.entry, arguments.processor)
+        case "push":
+            return push(arguments.remote)
+        case "pull":
+            return pull(arguments.remote)
+        case _:
+            return save(arguments.name)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,9 @@ def git(folder: Path, *arguments: str, **variables: str) -> str:
         result = subprocess.run(
             ["git", *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
         )
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if error.filename != "git":
+            raise StillhouseError(f"{folder}: no such folder") from None
         raise StillhouseError("git is not installed, and a run of its own needs a git worktree") from None
     if result.returncode:
         lines = result.stderr.strip().splitlines() or ["no reason given"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +18,10 @@ from stillhouse.errors import StillhouseError
 from tasks import git
 
 LOCK = "dvc.lock"
+KEPT_LOCK = Path(".dvc/tmp/dvc.lock.kept")  # the copy that a cut-off dvc.lock is restored from
 IGNORED = ".gitignore"  # by .dvcignore: no part of a folder's content
+# As lock files name a cache object; quoted where it looks like a number.
+_OBJECT = re.compile(r"md5: '?([0-9a-f]{32}(?:\.dir)?)\b")
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,21 @@ def _yaml(text: str, what: str) -> Any:
         raise StillhouseError(f"{what}: not YAML: {' '.join(str(error).split())}") from None
 
 
+def is_whole(text: str) -> bool:
+    """Whether this is a whole ``dvc.lock``. DVC ends it with a line's end; cut off anywhere else it may still be YAML."""
+    try:
+        content = _yaml(text, LOCK)
+    except StillhouseError:
+        return False
+    return isinstance(content, dict) and "schema" in content and text.endswith("\n")
+
+
+def objects_named(text: str) -> set[str]:
+    """The cache objects that a ``dvc.lock`` or ``.dvc`` file names. Read without a parser, which takes seconds for a long one: for
+    the whole history of them, and for what is not whole."""
+    return set(_OBJECT.findall(text))
+
+
 def owners(recorded: dict[str, Entry]) -> dict[str, Entry]:
     """The entry that writes each out."""
     return {path: entry for entry in recorded.values() for path in entry.outs}
@@ -131,6 +151,13 @@ def owners(recorded: dict[str, Entry]) -> dict[str, Entry]:
 def object_path(cache: Path, md5: str) -> Path:
     """Where the cache keeps the content with this hash."""
     return cache / "files" / "md5" / md5[:2] / md5[2:]
+
+
+def all_objects(cache: Path) -> Iterator[tuple[str, Path]]:
+    """Every object of the cache, by its hash, and where it lies."""
+    for path in (cache / "files" / "md5").glob("[0-9a-f][0-9a-f]/*"):
+        if path.is_file():
+            yield f"{path.parent.name}{path.name}", path
 
 
 def md5_of(path: Path) -> str:

@@ -142,6 +142,48 @@ def test_old_saved_states_go_but_not_one_that_a_stage_holds(checkout: Path) -> N
         assert not folder.exists() and not folder.with_suffix(".lock").exists()
 
 
+def test_what_a_kill_left_of_the_saving_of_a_state_goes(checkout: Path) -> None:
+    root = Path(".dvc/scratch")
+    month_ago = time.time() - 30 * 86_400
+    for key, names in (("a", ["", ".old"]), ("b", [".123.tmp"]), ("c", [".124.tmp", ".125.tmp"])):
+        with hold_scratch(key * 64) as folder:
+            for name in names:
+                left = folder.with_name(f".{folder.name}{name}" if name else folder.name)
+                left.mkdir()
+                (left / "state").write_text("x" * 10)
+                if key != "c":
+                    os.utime(left, (month_ago, month_ago))
+        if key == "b":
+            folder.with_name(f"{folder.name}.lock").unlink()  # of a pruned lock
+        else:
+            os.utime(folder.with_name(f"{folder.name}.lock"), (month_ago, month_ago))
+    (root / "saving").touch()
+    dry = list(prune(checkout, Kept(), dry_run=True))
+    assert dry[:2] == [
+        f"saved state {'a' * 12} of an interrupted stage, 20 B",
+        f"saved state {'b' * 12} of an interrupted stage, 10 B",
+    ]
+    assert list(prune(checkout, Kept(), dry_run=False)) == dry
+    assert sorted(path.name for path in root.iterdir()) == [
+        f".{'c' * 64}.124.tmp",
+        f".{'c' * 64}.125.tmp",
+        "cache-in-use",
+        f"{'c' * 64}.lock",
+        "saving",
+    ]
+
+
+def test_a_worktree_that_could_not_go_keeps_its_objects(checkout: Path) -> None:
+    name = cached(b"of a run in progress")
+    path = make_worktree(checkout, "old", "")
+    (path / "dvc.lock").write_text(lock(name))
+    with hold(path):  # as a run does, but the cache is not yet, or no longer, in use
+        list(prune(checkout, NOTHING, dry_run=False))
+    assert there(name) and path.exists()
+    list(prune(checkout, NOTHING, dry_run=False))
+    assert not there(name) and not path.exists()
+
+
 def test_a_pruned_lock_is_no_lock(checkout: Path) -> None:
     key = "d" * 64
     with hold_scratch(key) as folder:
