@@ -13,6 +13,7 @@ from toy_pipeline import dvc, runs, toy_plan, toy_stage
 
 from flows.verification import repair, verify
 from stillhouse.errors import StillhouseError
+from tasks.cache import cache_in_use
 from tasks.plan import Stage
 from tasks.recorded import object_path, owners, read_recorded
 
@@ -189,6 +190,19 @@ def test_a_stage_whose_code_changed_since_cannot_bring_its_outs_back(chain):
     Path("data/b").unlink()
     assert "a: cannot be run again: stage_a.py: not as recorded" in mend()
     assert broken() == {"data/a": ("missing", "missing")}
+
+
+def test_nothing_is_pruned_while_it_is_put_back(chain):
+    kept("data/a").unlink()
+    Path("data/a").unlink()
+    lines = repair(Path.cwd(), "", verify(Path.cwd(), "")[0])
+    next(lines)
+    with cache_in_use(Path(), exclusive=True) as alone:
+        assert not alone
+    list(lines)
+    with cache_in_use(Path(), exclusive=True) as alone:
+        assert alone
+    assert broken() == {}
 
 
 def test_parents_are_mended_before_their_children(chain):
