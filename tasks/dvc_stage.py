@@ -536,6 +536,8 @@ def save(name: str) -> dict[str, Any]:
     Raises:
         StillhouseError: it cannot be.
     """
+    from dvc.repo.experiments.executor.base import BaseExecutor  # slow to import, and only for this
+
     # The experiment is a commit; git need not know the user's name for it.
     for key, value in (("name", "stillhouse"), ("email", "stillhouse@localhost")):
         if subprocess.run(["git", "config", f"user.{key}"], capture_output=True, check=False).returncode:
@@ -544,6 +546,9 @@ def save(name: str) -> dict[str, Any]:
     try:
         # Whether git has them yet or not, the experiment is nothing without what the run has read, and who made what.
         new = sorted({*_untracked_inputs(), *([str(MACHINES)] if MACHINES.exists() else [])})
+        # DVC would put the files of top-level plots, too, which are outs, into the experiment's commit; `dvc exp apply` would then
+        # write them in place, through the links into the cache, whose objects would be of other bytes than their names say.
+        BaseExecutor._get_top_level_paths = classmethod(lambda cls, repo: [])
         # On its way DVC keeps references in git that all worktrees share: one at a time.
         scratch_root().mkdir(parents=True, exist_ok=True)
         with open(scratch_root() / "saving", "a") as lock:

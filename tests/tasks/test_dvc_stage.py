@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import subprocess
@@ -247,6 +248,24 @@ def test_what_a_run_has_read_goes_into_its_experiment(project):
     ).stdout.split()
     assert {"params/suites/mine.yaml", "world/rules.py"} <= set(listed)
     assert "notes.txt" not in listed
+
+
+def test_an_experiment_brought_home_leaves_the_cache_as_it_was(project):
+    Path("dvc.yaml").write_text(f"{Path('dvc.yaml').read_text()}plots:\n- data/quick\n")
+    Path(".gitignore").write_text("answer*\n")
+    somebody = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+    subprocess.run(["git", "add", "--all"], check=True)
+    subprocess.run(["git", *somebody, "commit", "--quiet", "--message", "start"], check=True)
+    for text in ("one", "another"):
+        Path("source").write_text(text)
+        for name in ("slow", "quick", "reader"):
+            run("run", name)
+        run("save", text)
+    subprocess.run([sys.executable, "-m", "dvc", "exp", "apply", "one"], check=True)
+    assert Path("data/quick").read_text() == "one"
+    for path in Path(".dvc/cache/files/md5").glob("*/*"):
+        found = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+        assert f"{path.parent.name}{path.name}" == found
 
 
 def test_who_takes_things_out_of_the_cache_is_waited_for(project):
