@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from clones import environment, make_clone, stillhouse
+from services import chromium, postgresql_programs
 
 from flows.service import SILENT_SECONDS, ask, state_of
 
@@ -234,10 +235,11 @@ def picture(page: Any, name: str) -> None:
 
 
 def test_a_form_is_filled_in_and_its_run_watched_to_the_table(service: Service) -> None:
+    program = chromium()
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=BROWSER)
+        browser = playwright.chromium.launch(executable_path=program, args=BROWSER)
         page = browser.new_page(viewport={"width": 1300, "height": 2200})
         outside: list[str] = []
         page.on("request", lambda request: None if service.ui in request.url else outside.append(request.url))
@@ -368,8 +370,7 @@ def test_all_is_gone_when_the_keeper_is_killed_and_the_next_takes_over(tmp_path:
 @pytest.fixture
 def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real server from Debian's package; its address."""
-    programs = Path("/usr/lib/postgresql/15/bin")
-    assert programs.exists(), "Debian's package postgresql-15 is not installed"
+    programs = postgresql_programs()
     folder = Path(tempfile.mkdtemp(prefix="stillhouse-postgresql-"))  # where another user may go
     # It does not run as root.
     other = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
