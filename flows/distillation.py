@@ -79,12 +79,9 @@ def distillation(
     downstream: Words = [],  # noqa: B006
     force: Words = [],  # noqa: B006
     workers: Annotated[int, Field(ge=0, le=256)] = 0,
-    runner: Annotated[Runner, Field(description="what runs the stages")] = Runner.threads,
+    runner: Runner = Runner.threads,
     address: Address = "",
-    exchange: Annotated[
-        Exchange,
-        Field(description="workers share this host's folders, or only a git remote and a DVC remote"),
-    ] = Exchange.shared,
+    exchange: Exchange = Exchange.shared,
     revision: Revision = "",
 ) -> Any:
     """Train teachers, distil them into students, move those to new environments, judge and report.
@@ -105,7 +102,10 @@ def distillation(
         from_: Run these and all that depends on them.
         downstream: Run all that depends on these, without them.
         force: Run these even where they are up to date.
-        workers: Stages at a time. With 0: as many as there are cores.
+        workers: Stages at a time. With 0: as many as there are cores, or as the cluster at the address has.
+        runner: What runs the stages.
+        address: Of a Dask scheduler or Ray cluster that this host allows. Empty: one on this machine, for this run alone.
+        exchange: Workers share this host's folders, or only a git remote and a DVC remote.
         revision: Git revision to run. Empty: the checkout as it is, edits included.
     """
     overrides = [*flat_overrides(seeds, budget, loss.value, temperature, student_share, device.value), *set]

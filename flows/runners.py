@@ -5,13 +5,14 @@ import logging
 import os
 import re
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib.util import find_spec
 from typing import Annotated, Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from prefect import Flow, Task
 from prefect.context import FlowRunContext
@@ -28,8 +29,8 @@ ALLOWED = "STILLHOUSE_ADDRESSES"
 CONNECT_SECONDS = 20
 
 _HOST = r"([A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9a-fA-F:]+\]):[0-9]{1,5}"
-_ADDRESSES = {"dask": rf"(tcp|tls)://{_HOST}", "ray": rf"auto|(ray://)?{_HOST}"}
-_EXAMPLES = {"dask": "tcp://HOST:8786", "ray": "ray://HOST:10001, HOST:6379 or auto"}
+_ADDRESSES = {"dask": rf"(tcp|tls)://{_HOST}", "ray": rf"(ray://)?{_HOST}"}
+_EXAMPLES = {"dask": "tcp://HOST:8786", "ray": "ray://HOST:10001 or HOST:6379"}
 
 
 class Runner(StrEnum):
@@ -47,14 +48,7 @@ class Exchange(StrEnum):
     remote = "remote"
 
 
-Address = Annotated[
-    str,
-    Field(
-        pattern=rf"^(|{_ADDRESSES['dask']}|{_ADDRESSES['ray']})$",
-        max_length=200,
-        description="of a Dask scheduler or a Ray cluster; empty: workers on this machine, for this run alone",
-    ),
-]
+Address = Annotated[str, Field(pattern=rf"^(|{_ADDRESSES['dask']}|{_ADDRESSES['ray']})$", max_length=200)]
 
 
 @dataclass(frozen=True)
@@ -109,12 +103,15 @@ class Cluster:
                 "where the flow runs"
             )
         api = urlsplit(PREFECT_API_URL.value() or "").hostname
-        cluster = urlsplit(self.address if "://" in self.address else f"//{self.address}").hostname
-        if _is_loopback(api) and self.address != "auto" and not _is_loopback(cluster):
+        if _is_loopback(api) and not _is_loopback(_split(self.address).hostname):
             raise StillhouseError(
                 f"address: workers at {self.address} cannot reach the Prefect API at {api}: start one that they can reach, "
                 "`prefect server start --host ADDRESS`, and set PREFECT_API_URL"
             )
+
+
+def _split(address: str) -> SplitResult:
+    return urlsplit(address if "://" in address else f"//{address}")
 
 
 def _is_loopback(host: str | None) -> bool:
@@ -203,6 +200,13 @@ def _ray(address: str, count: int) -> Iterator[Pool]:
 
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address:
+        # Ray itself would try for minutes.
+        try:
+            socket.create_connection(
+                (_split(address).hostname, _split(address).port), CONNECT_SECONDS
+            ).close()
+        except OSError as error:
+            raise StillhouseError(f"address: no Ray cluster answers at {address} ({error})") from None
         runner = RayTaskRunner(address=address, init_kwargs=quiet)
     else:
         runner = RayTaskRunner(
@@ -212,8 +216,10 @@ def _ray(address: str, count: int) -> Iterator[Pool]:
         ended_by = signal.getsignal(signal.SIGTERM)
         try:
             stack.enter_context(runner)
-        except (ConnectionError, TimeoutError):
-            raise StillhouseError(f"address: no Ray cluster answers at {address}") from None
+        except (ConnectionError, TimeoutError, RuntimeError) as error:
+            raise StillhouseError(
+                f"address: no Ray cluster at {address}: {' '.join(str(error).split())}"
+            ) from None
         if threading.current_thread() is threading.main_thread():
             signal.signal(
                 signal.SIGTERM, ended_by

@@ -14,6 +14,7 @@ import io
 import json
 import logging
 import os
+import shlex
 import signal
 import sqlite3
 import subprocess
@@ -61,6 +62,12 @@ from tasks.stage import (
 )
 
 LOCK = Path(LOCK_NAME)
+
+
+CREDENTIALS = (
+    "; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or `dvc remote modify --local REMOTE access_key_id KEY` and the same with "
+    "secret_access_key"
+)
 
 
 def keep_lock() -> None:
@@ -268,8 +275,7 @@ def begin(names: list[str], exchange: bool = False) -> dict[str, Any]:
     repo = _open()
     if exchange:
         with _remote_errors():
-            remote = repo.cloud.get_remote_odb(None, "pull")
-            remote.fs.exists(remote.path)
+            _reach(repo, None)
     with tempfile.TemporaryDirectory(prefix="stillhouse-") as folder:
         _reproduce(repo, "digest_code", Path(folder, "never"))
     try:
@@ -349,7 +355,7 @@ def _remote_errors() -> Iterator[None]:
             "another address as URL"
         ) from None
     except ImportError as error:
-        extra = ": pip install 'stillhouse[s3]'" if "dvc-s3" in str(error) else ""
+        extra = "; pip install 'stillhouse[s3]'" if "dvc-s3" in str(error) else ""
         raise StillhouseError(f"the DVC remote cannot be used: {_one_line(error)}{extra}") from error
     except CheckoutError as error:
         lacking = sorted(error.target_infos)
@@ -363,10 +369,27 @@ def _remote_errors() -> Iterator[None]:
         raise
     except Exception as error:
         warnings.simplefilter("ignore", RuntimeWarning)  # of s3fs, about requests it has not come to
-        raise StillhouseError(f"the DVC remote cannot be used: {_with_causes(error)}") from error
+        said = _with_causes(error)
+        raise StillhouseError(
+            f"the DVC remote cannot be used: {said}{CREDENTIALS if 'credentials' in said else ''}"
+        ) from error
     finally:
         for logger, before in zip(loggers, handlers, strict=True):
             logger.handlers = before
+
+
+def _reach(repo: Repo, name: str | None) -> None:
+    """Ask a remote (None: the default one) something, before anything is begun.
+
+    DVC itself may take one that is not there for one that has nothing.
+    """
+    known = sorted(repo.config["remote"])
+    if name and name not in known:
+        raise StillhouseError(
+            f"--remote: {name!r} is not configured ({', '.join(known) or 'none'} is); `dvc remote add {shlex.quote(name)} URL`"
+        )
+    remote = repo.cloud.get_remote_odb(name, "pull")
+    remote.fs.exists(remote.path)
 
 
 def _with_causes(error: BaseException) -> str:
@@ -468,19 +491,26 @@ def push(remote: str) -> dict[str, Any]:
     """
     repo, name = _open(), remote or None
     with _remote_errors():
+        _reach(repo, name)
         # The run-cache second, and not by `run_cache=True`: there DVC names every file that it cannot copy, and goes on.
         return {"files": repo.push(remote=name) + len(repo.stage_cache.push(name))}
 
 
 def pull(remote: str) -> dict[str, Any]:
-    """Copy the outs of all stages, and the run-cache, from a remote (empty: the default one).
+    """Copy the outs that are recorded, and the run-cache, from a remote (empty: the default one).
 
     Raises:
-        StillhouseError: the remote cannot be used, or lacks something.
+        StillhouseError: the remote cannot be used, or lacks something, or nothing is recorded.
     """
     repo, name = _open(), remote or None
+    # Without targets DVC misses the outs of stages that have never run.
+    recorded = [str(out) for out in repo.index.outs if out.use_cache and out.hash_info]
+    if not recorded:
+        raise StillhouseError("there is nothing to pull: dvc.lock records no results")
     with _remote_errors():
-        return {"files": repo.pull(remote=name)["stats"]["fetched"] + len(repo.stage_cache.pull(name))}
+        _reach(repo, name)
+        fetched = repo.pull(targets=recorded, remote=name)["stats"]["fetched"]
+        return {"files": fetched + len(repo.stage_cache.pull(name))}
 
 
 def fetch(targets: list[str], revision: str) -> dict[str, Any]:

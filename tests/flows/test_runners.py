@@ -39,6 +39,7 @@ GIT = ["git", "-c", "user.name=test", "-c", "user.email=test@example.org"]
         "inproc://host:1",
         "host:1 other:2",
         "tcp://host:8786\n",
+        "auto",
         "$(id):1",
         "ray://",
         "tcp://" + "a" * 300 + ":1",
