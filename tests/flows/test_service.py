@@ -275,6 +275,7 @@ def test_a_form_is_filled_in_and_its_run_watched_to_the_table(service: Service) 
 
 
 def test_retraining_is_scheduled_paused_and_triggered(service: Service) -> None:
+    program = chromium()
     from playwright.sync_api import sync_playwright
 
     found = service.ask("GET", "/deployments/name/retraining/retraining")
@@ -289,7 +290,7 @@ def test_retraining_is_scheduled_paused_and_triggered(service: Service) -> None:
         return listed
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=BROWSER)
+        browser = playwright.chromium.launch(executable_path=program, args=BROWSER)
         page = browser.new_page(viewport={"width": 1300, "height": 900})
         page.goto(f"{service.ui}/deployments/deployment/{found['id']}")
         page.get_by_text("No runs found").wait_for()  # all has been drawn
