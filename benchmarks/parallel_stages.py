@@ -146,9 +146,8 @@ def _forget(folder: Path) -> None:
 
 def _bare(folder: Path, url: str, seeds: list[int]) -> float:
     """Seconds for the stages' own commands, at once, without DVC and Prefect."""
-    digest = [sys.executable, "-m", "tasks.digest_code"]
     if not (folder / "data/code").exists():
-        timed(digest, folder, url)
+        timed([*DVC, "repro", "digest_code"], folder, url)
     commands = [f"{sys.executable} -m tasks.train_teacher cartpole --seed {seed}" for seed in seeds]
     return timed(["bash", "-c", " & ".join(commands) + " & wait -f $(jobs -p)"], folder, url)[0]
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -219,9 +220,11 @@ def ray_cluster(hosts: Hosts, shared: dict[str, str], logs: Path) -> Iterator[st
     """A head on the flow's host, which runs no stage, and a node on each other one; its address."""
     port, client = str(free_port(hosts.address)), str(free_port(hosts.address))
     ray = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats"]
+    short = tempfile.mkdtemp(prefix="ray-")  # the path of a socket has at most 107 bytes
     head = [*ray, "--head", f"--node-ip-address={hosts.address}", f"--port={port}", "--num-cpus=0"]
-    head += [f"--ray-client-server-port={client}", "--include-dashboard=false", f"--temp-dir={logs}/ray"]
+    head += [f"--ray-client-server-port={client}", "--include-dashboard=false", f"--temp-dir={short}"]
     with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, short, ignore_errors=True)
         stack.enter_context(running(head, logs / "head.log", **shared))
         until(lambda: "Ray runtime started" in (logs / "head.log").read_text(), logs / "head.log")
         for number, (enter, folder) in enumerate(hosts.others, 1):
