@@ -193,7 +193,8 @@ def shared(hosts: Hosts, made: Path, tmp_path_factory: pytest.TempPathFactory) -
             argv = [*enter, "git", "clone", "--quiet", url, str(folder / "clone")]
             subprocess.run(argv, check=True, timeout=60)
         until_answered(urllib.request.Request(f"{api}/health"), logs / "prefect.log")
-        yield variables
+        # Ray asks for a token that all of its hosts have.
+        yield variables | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
 
 
 @contextlib.contextmanager
@@ -247,17 +248,22 @@ def of_worker(folder: Path, shared: dict[str, str]) -> dict[str, str]:
     }
 
 
+def begun_anew(hosts: Hosts, name: str) -> Path:
+    """A clone on the flow's host; it and the others have no results, and a DVC remote that has none."""
+    here = clone_of(hosts.flow / "hub", hosts.flow / name)
+    for clone in (here, *(folder / "clone" for _, folder in hosts.others)):
+        dvc(clone, "remote", "modify", "--local", "store", "url", f"s3://results/{name}")
+        for left in (".dvc/cache", ".dvc/scratch", ".dvc/tmp"):
+            shutil.rmtree(clone / left, ignore_errors=True)
+    return here
+
+
 @pytest.mark.parametrize("runner", ["dask", "ray"])
 def test_two_hosts_with_nothing_but_remotes_make_the_same(
     runner: str, hosts: Hosts, shared: dict[str, str], made: Path, tmp_path: Path
 ) -> None:
     need_module(f"prefect_{runner}")
-    for _, folder in hosts.others:  # nothing of the other runner's
-        for left in (".dvc/cache", ".dvc/scratch", ".dvc/tmp"):
-            shutil.rmtree(folder / "clone" / left, ignore_errors=True)
-    here = clone_of(hosts.flow / "hub", hosts.flow / f"here-{runner}")
-    for clone in (here, *(folder / "clone" for _, folder in hosts.others)):
-        dvc(clone, "remote", "modify", "--local", "store", "url", f"s3://results/{runner}")
+    here = begun_anew(hosts, runner)
     with CLUSTERS[runner](hosts, shared, tmp_path) as address:
         remotely = ("--runner", runner, "--address", address, "--exchange", "remote")
         said = stillhouse(here, "run", "tiny", "--in-place", *FIVE, *remotely, **shared)
@@ -306,7 +312,7 @@ def test_a_worker_ends_its_stage_when_the_run_that_asked_is_gone(
     hosts: Hosts, shared: dict[str, str], tmp_path: Path
 ) -> None:
     need_module("prefect_dask")
-    here = clone_of(hosts.flow / "hub", hosts.flow / "gone")
+    here = begun_anew(hosts, "gone")
     clones = [folder / "clone" for _, folder in hosts.others]
 
     def saved() -> bool:
