@@ -209,9 +209,9 @@ def _ray(address: str, count: int) -> Iterator[Pool]:
             raise StillhouseError(f"address: no Ray cluster answers at {address} ({error})") from None
         runner = RayTaskRunner(address=address, init_kwargs=quiet)
     else:
-        runner = RayTaskRunner(
-            init_kwargs=quiet | {"num_cpus": count or _cores(), "include_dashboard": False}
-        )
+        # "local" is always a new one: without it Ray takes a cluster that happens to run on this machine.
+        here = quiet | {"num_cpus": count or _cores(), "include_dashboard": False}
+        runner = RayTaskRunner(address="local", init_kwargs=here)
     with contextlib.ExitStack() as stack:
         ended_by = signal.getsignal(signal.SIGTERM)
         try:
