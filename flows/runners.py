@@ -216,10 +216,9 @@ def _ray(address: str, count: int) -> Iterator[Pool]:
         ended_by = signal.getsignal(signal.SIGTERM)
         try:
             stack.enter_context(runner)
-        except (ConnectionError, TimeoutError, RuntimeError) as error:
-            raise StillhouseError(
-                f"address: no Ray cluster at {address}: {' '.join(str(error).split())}"
-            ) from None
+        except Exception as error:  # Ray has all kinds, plain ones too
+            where = f"address: no Ray cluster at {address}" if address else "runner: Ray does not start here"
+            raise StillhouseError(f"{where}: {' '.join(str(error).split())}") from error
         if threading.current_thread() is threading.main_thread():
             signal.signal(
                 signal.SIGTERM, ended_by

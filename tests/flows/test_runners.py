@@ -52,7 +52,7 @@ def test_hostile_addresses_are_no_parameters(address):
 
 @pytest.mark.parametrize(
     "address",
-    ["", "auto", "tcp://10.0.0.1:8786", "tls://[fd00::1]:8786", "ray://head.example.org:10001", "head:6379"],
+    ["", "tcp://10.0.0.1:8786", "tls://[fd00::1]:8786", "ray://head.example.org:10001", "head:6379"],
 )
 def test_addresses_of_either_kind_are_parameters(address):
     distillation.validate_parameters({"address": address})
