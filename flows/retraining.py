@@ -19,7 +19,7 @@ from flows.distillation import run_id, save_experiment
 from flows.graph import run_graph
 from flows.production import Standing, bring, next_generation, one_at_a_time, promote, standing
 from flows.results import run_facts
-from flows.workspace import PROMOTED, find_checkout, git, own_worktree, plan
+from flows.workspace import PROMOTED, RunError, find_checkout, git, own_worktree, plan
 from stillhouse.errors import StillhouseError
 from stillhouse.evaluation.rollouts import STEP_CAP
 from tasks.production import FOLDER, POINTER, Production, read_production
@@ -95,6 +95,8 @@ def retraining(
             name = run_id(str(flow_run.name), str(flow_run.id))
             with own_worktree(checkout, name, start.commit) as workspace:
                 return _retrain(checkout, workspace, start, generation, overrides, workers, name)
+    except RunError as error:
+        return Failed(message=str(error))
     except StillhouseError as error:
         return Failed(name="Rejected", message=str(error))
 
