@@ -1,5 +1,5 @@
 # `make run`: the quickstart, from nothing to the report.   `make test`: every test that needs no service.
-# `make services`: what the tests marked `services` need, installed; `make test PYTEST_ARGS="-m services"` runs them.
+# `make services`: what the tests marked `services` need, installed; `make test PYTEST_ARGS="-m services -n 0"` runs them.
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
@@ -14,7 +14,7 @@ run: $(STAMP)
 	@$(BIN)/stillhouse run quickstart
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
