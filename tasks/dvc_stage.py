@@ -278,13 +278,19 @@ def begin(names: list[str], exchange: bool = False) -> dict[str, Any]:
             _reach(repo, None)
     with tempfile.TemporaryDirectory(prefix="stillhouse-") as folder:
         _reproduce(repo, "digest_code", Path(folder, "never"))
+    repo = Repo(".", _wait_for_lock=True)
+    stale: set[str] = set()
     try:
-        stale = Repo(".", _wait_for_lock=True).status(targets=names)
+        # Not `repo.status(names)`: for each of them that reads dvc.yaml and dvc.lock anew.
+        with repo.lock:
+            for stage in repo.index.stages:
+                if getattr(stage, "name", "") in names and stage.status(check_updates=True):
+                    stale.add(stage.name)
     except DvcException as error:
         raise StillhouseError(_one_line(error)) from error
     digest = next(iter(sorted(CODE.glob("*.json"))), None)
     device = json.loads(digest.read_text())["environment"]["device"] if digest else "cpu"
-    return {"stale": sorted(set(names) & {str(stage) for stage in stale}), "device": device}
+    return {"stale": sorted(stale), "device": device}
 
 
 class _Runs(dvc.stage.cache.StageCache):  # type: ignore[misc] # DVC says nothing of types

@@ -11,12 +11,13 @@ import sys
 import time
 from pathlib import Path
 
+import dvc.dvcfile
 import pytest
 
 from stillhouse.errors import StillhouseError
 from stillhouse.files import replace_folder
 from tasks.cache import cache_in_use
-from tasks.dvc_stage import KEPT_LOCK, LOCK, keep_lock, restore_lock
+from tasks.dvc_stage import KEPT_LOCK, LOCK, begin, keep_lock, restore_lock
 from tasks.recorded import read_recorded
 from tasks.stage import inputs_key, stage_entry
 from tasks.verify import Checker
@@ -130,6 +131,23 @@ def test_an_experiment_is_saved_without_a_git_identity(project, tmp_path_factory
     monkeypatch.chdir("tree")
     Path("source").write_text("other text")
     assert run("save", "an-experiment")["experiment"] == "an-experiment"
+
+
+def test_what_is_stale_is_asked_without_reading_the_plan_once_for_each_stage(project, monkeypatch):
+    with open("dvc.yaml", "a") as file:
+        file.write("  digest_code:\n    cmd: 'true'\n    always_changed: true\n")
+    run("run", "slow")
+    read: list[str] = []
+    original = dvc.dvcfile.ProjectFile._load
+    monkeypatch.setattr(
+        dvc.dvcfile.ProjectFile, "_load", lambda self: read.append(self.path) or original(self)
+    )
+    assert begin(["slow", "quick"])["stale"] == ["quick"]
+    several = len(read)
+    begin(["slow"])
+    assert several == len(read) - several
+    Path("source").write_text("other text")
+    assert begin(["slow", "quick", "reader"])["stale"] == ["quick", "reader", "slow"]
 
 
 def test_a_failure_is_one_line(project):
