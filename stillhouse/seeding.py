@@ -7,9 +7,12 @@ so that training, validation and test never share an episode, and adding a consu
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 def derive(seed: int, *names: str | int) -> int:
@@ -25,4 +28,6 @@ def generator(seed: int, *names: str | int) -> np.random.Generator:
 
 def torch_generator(seed: int, *names: str | int) -> torch.Generator:
     """A CPU torch generator on the stream ``names`` of ``seed``."""
+    import torch  # a second of import, which the planner and DVC's processes need not pay
+
     return torch.Generator().manual_seed(derive(seed, *names))
