@@ -232,8 +232,10 @@ def test_kills_in_every_phase_change_nothing(clone: Path) -> None:
             kill = draw(len(struck), moments)
             saved = has_saved_state(clone)
             came, said = strike(clone, stage, kill)
-            assert ("resumed from the saved state" in said) == saved, (kill, said)
-            resumed += saved
+            # Killed after its last hash, it was done: DVC's run-cache has it, and nothing is left to go on with.
+            going_on = saved and "is cached - skipping run" not in said
+            assert ("resumed from the saved state" in said) == going_on, (kill, said)
+            resumed += going_on
             missed += not came
             assert missed <= 3 + KILLS // 5, f"{kill} of {stage} does not come: {said}"
             if came:
