@@ -189,7 +189,7 @@ def environment_of(folder: Path, api: str) -> dict[str, str]:
         "PREFECT_SERVER_UI_V2_ENABLED": "false",  # it calls an analytics host at every load
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
-        "PREFECT_WORKER_QUERY_SECONDS": "2",
+        "PREFECT_WORKER_QUERY_SECONDS": "1",
         "PREFECT_WORKER_HEARTBEAT_SECONDS": "10",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
         **({"PREFECT_API_AUTH_STRING": secret} if secret else {}),
