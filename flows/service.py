@@ -404,7 +404,7 @@ def _timing(schedule: Mapping[str, Any]) -> str:
 
 
 def ask(api: str, method: str, path: str, body: Any = None) -> Any:
-    """One request to a Prefect API on this machine: its JSON answer, or None.
+    """One request to a Prefect API, without a proxy and again while its database is busy: its JSON answer, or None.
 
     Raises:
         urllib.error.URLError: nobody answers, or (``HTTPError``) the answer is an error.
