@@ -254,11 +254,9 @@ def test_a_form_is_filled_in_and_its_run_watched_to_the_table(service: Service) 
         numbers = page.locator("input[type=number]")
         numbers.nth(1).fill("0.5")  # the budget
         picture(page, "ui-form")
-        page.get_by_role("button", name="Submit").click()
-        page.wait_for_timeout(500)
-        identifier = service.ask(
-            "POST", "/flow_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 1}
-        )[0]["id"]
+        with page.expect_response(lambda response: response.url.endswith("/create_flow_run")) as created:
+            page.get_by_role("button", name="Submit").click()
+        identifier = created.value.json()["id"]
         found = service.run(identifier)
         assert found["parameters"]["suite"] == "tiny" and found["parameters"]["budget"] == 0.5
         page.goto(f"{service.ui}/runs/flow-run/{identifier}")
