@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,7 @@ def load_checkpoint(path: Path, device: str = "cpu") -> Checkpoint:
                 f"{path}: checkpoint of schema version {spec['schema_version']}, but this stillhouse reads version "
                 f"{SCHEMA_VERSION}; rerun the stage that makes it, or use the release that wrote it"
             )
-        network = MultiTaskNetwork(parse(NetworkSpec, spec["network"], f"{path / SPEC}"))
+        network = _build(spec["network"], f"{path / SPEC}")
         network.load_state_dict(safetensors.torch.load_file(path / WEIGHTS))
         details = spec["details"]
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
@@ -91,6 +92,15 @@ def load_checkpoint(path: Path, device: str = "cpu") -> Checkpoint:
         ) from error
     network.to(device).eval()
     return Checkpoint(network, details, sha256(path / MANIFEST))
+
+
+def _build(structure: dict[str, Any], where: str) -> MultiTaskNetwork:
+    if "columns" not in structure:
+        return MultiTaskNetwork(parse(NetworkSpec, structure, where))
+    # By name, so that no other stage's inputs hold the code of such networks.
+    module = importlib.import_module("stillhouse.transfer.progressive_networks")
+    network: MultiTaskNetwork = module.ProgressiveNetwork(parse(module.ProgressiveSpec, structure, where))
+    return network
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:

@@ -22,11 +22,13 @@ from stillhouse.distillation.offline import DistillationConfig
 from stillhouse.distillation.on_policy import OnPolicyConfig
 from stillhouse.distillation.online import OnlineConfig
 from stillhouse.envs.make import EnvironmentConfig, describe
+from stillhouse.envs.names import action_names, component_names
 from stillhouse.errors import StillhouseError
 from stillhouse.evaluation.rollouts import EvaluationConfig
 from stillhouse.multi_task.hard_sharing import HardSharingConfig
-from stillhouse.transfer.fine_tuning import FineTuneConfig
-from stillhouse.types import environment_spec
+from stillhouse.transfer.fine_tuning import FineTuneConfig, Mode
+from stillhouse.transfer.initialisation import Labels, correspond
+from stillhouse.types import EnvironmentSpec, environment_spec
 from tasks.production import ABOUT, FOLDER, read_production
 from tasks.stage import PIPELINE, read_yaml
 
@@ -42,6 +44,14 @@ def _slug(name: str) -> str:
             "a name of lower-case letters, digits and single dashes between them, at most 64, is allowed"
         )
     return name
+
+
+def _source(entry: str) -> str:
+    name, dot, environment = entry.partition(".")
+    _slug(name)
+    if dot:
+        _slug(environment)
+    return entry
 
 
 Name = Annotated[str, AfterValidator(_slug)]
@@ -94,16 +104,26 @@ class MultiTaskParams(HardSharingConfig):
     environments: Names
 
 
-class TransferParams(FineTuneConfig):
-    """A target environment: which student moves there, and how it and a fresh network learn there."""
+SourceName = Annotated[str, AfterValidator(_source)]
 
-    student: Name
-    source: Name | Literal[""] = Field(
-        default="",
-        description="a source environment with the same observations: its head is taken too (as far as the actions go); empty: a "
-        "new adapter and head",
+# Ways in which a source is shown the target's observations.
+SHOWN = ("features", "kickstart", "progressive_2", "progressive_3", "progressive_random")
+
+
+class TransferParams(FineTuneConfig):
+    """A target environment: what is moved there, in which ways, and how it and a fresh network learn there."""
+
+    sources: list[SourceName] = Field(
+        min_length=1,
+        max_length=100,
+        description="teachers, by their environments, and students, by their names; student.environment: its head and adapter are taken "
+        "too. A network from scratch has the size of the first",
     )
-    modes: list[Literal["full", "frozen", "scratch"]] = Field(default=["full", "scratch"], min_length=1)
+    modes: list[Mode] = Field(
+        default=["full", "scratch"],
+        min_length=1,
+        description="ways of transfer; scratch is what they are judged against",
+    )
     learner: TeacherConfig
 
     @field_validator("learner", mode="before")
@@ -196,20 +216,58 @@ class Params(Config):
                     check(source, joint.environments, where, "environment of this network")
         for name, transfer in self.fine_tune.items():
             check(name, environments, "fine_tune", "environment")
-            check(transfer.student, list(self.distill_student), f"fine_tune.{name}.student", "student")
-            if transfer.source:
-                sources = list(self.distill_student[transfer.student].environments)
-                check(transfer.source, sources, f"fine_tune.{name}.source", "environment of that student")
+            where = f"fine_tune.{name}"
+            for entry in transfer.sources:
+                source, dot, environment = entry.partition(".")
+                check(
+                    source,
+                    [*self.distill_student, *teachers],
+                    f"{where}.sources",
+                    "student and no environment with a teacher",
+                )
+                if source in self.distill_student and source in teachers:
+                    raise ValueError(
+                        f"{where}.sources: {source!r} is a student and a teacher's environment; rename the student"
+                    )
+                if dot and source not in self.distill_student:
+                    raise ValueError(
+                        f"{where}.sources: {entry!r}: a teacher has one environment, so {source!r} is enough"
+                    )
+                if dot:
+                    known = list(self.distill_student[source].environments)
+                    check(environment, known, f"{where}.sources", "environment of that student")
+            self._check_modes(where, transfer)
         lists: dict[str, list[Any]] = {"seeds": list(self.seeds)}
         for block, networks in (
             ("distill_student", self.distill_student),
             ("train_multi_task", self.train_multi_task),
         ):
             lists |= {f"{block}.{name}.environments": list(x.environments) for name, x in networks.items()}
+        for name, transfer in self.fine_tune.items():
+            lists[f"fine_tune.{name}.sources"] = [entry.partition(".")[0] for entry in transfer.sources]
+            lists[f"fine_tune.{name}.modes"] = list(transfer.modes)
         for where, values in lists.items():
             if len(set(values)) != len(values):
                 raise ValueError(f"{where}: each may stand once only")
         return self
+
+    def _check_modes(self, where: str, transfer: TransferParams) -> None:
+        algorithm = transfer.learner.algorithm
+        if "kickstart" in transfer.modes and algorithm != "ppo":
+            raise ValueError(
+                f"{where}.modes: kickstart needs a learner with a policy, ppo; {algorithm} was given"
+            )
+        if "progressive_3" in transfer.modes and len(transfer.sources) < 2:
+            raise ValueError(
+                f"{where}.modes: progressive_3 has a column for each of two sources and a new one, but there is one source "
+                f"({transfer.sources[0]}); name another, or use progressive_2"
+            )
+        probed = (len(transfer.sources) + 1) * transfer.probe_fraction
+        if "auto" in transfer.modes and probed >= 1:
+            raise ValueError(
+                f"{where}.probe_fraction: {transfer.probe_fraction} of the budget for each of {len(transfer.sources)} sources and scratch "
+                "leaves nothing to train with; lower it, or name fewer sources"
+            )
 
 
 def suite_names() -> list[str]:
@@ -405,8 +463,36 @@ def check_environments(params: Params) -> None:
         for name in sorted({*params.train_teacher, *params.fine_tune})
     }
     for name, transfer in params.fine_tune.items():
-        if transfer.source and specs[name].observation != specs[transfer.source].observation:
-            raise StillhouseError(
-                f"fine_tune.{name}.source: {transfer.source!r} has other observations than {name!r}; leave source empty to "
-                "start with a new adapter and head"
-            )
+        target = params.environments[name]
+        for entry in transfer.sources:
+            source, _, environment = entry.partition(".")
+            environment = environment or ("" if source in params.distill_student else source)
+            if environment:
+                _check_correspondence(
+                    name, transfer, specs, environment, [target, params.environments[environment]]
+                )
+
+
+def _check_correspondence(
+    name: str,
+    transfer: TransferParams,
+    specs: dict[str, EnvironmentSpec],
+    environment: str,
+    configs: list[EnvironmentConfig],
+) -> None:
+    target, source = (Labels(component_names(config), action_names(config)) for config in configs)
+    found = correspond(
+        specs[name],
+        specs[environment],
+        transfer.components,
+        transfer.actions,
+        (target, source),
+        where=f"fine_tune.{name}",
+    )
+    shown = [mode for mode in transfer.modes if mode in SHOWN]
+    if found.components is None and shown:
+        raise StillhouseError(
+            f"fine_tune.{name}.modes: {shown[0]} shows the target's observations to its source, but {environment!r} takes "
+            f"{specs[environment].observation.key} and the target has {specs[name].observation.key}; say in components which is which, or use "
+            "a way that takes the torso alone (full, head_only, gradual)"
+        )

@@ -26,10 +26,10 @@ from stillhouse.files import write_atomic
 from tasks.digest_code import FOLDER as CODE
 from tasks.digest_code import kind_of
 from tasks.production import FOLDER as PRODUCTION
-from tasks.stage import DVC_YAML, PIPELINE, RETRAINING, stage_name
+from tasks.stage import DVC_YAML, PIPELINE, RETRAINING, stage_name, transfer_runs, transfer_stem
 
 if TYPE_CHECKING:
-    from tasks.params import Params
+    from tasks.params import Params, TransferParams
 
 DVC_LOCK = Path("dvc.lock")
 STUDIES = Path("benchmarks/results/policy_distillation")  # of the committed results, one file each
@@ -48,6 +48,10 @@ _TEACHER = ("algorithm", "network", "critic", "gamma", "n_step", "reward_scale")
 
 # Env steps (or updates) per second on one core, only to start what takes longest first.
 SPEEDS = {"dqn": 2_500.0, "pqn": 20_000.0, "ppo": 15_000.0}
+COSTS = {"progressive_2": 2.0, "progressive_random": 2.0, "progressive_3": 3.0, "rehearsal": 1.5}
+
+# Ways of transfer that take a head, and fit one where the source's gives no Q-values.
+FITTED = ("auto", "discriminative", "full", "gradual", "head_only", "l2_sp", "rehearsal")
 
 
 @dataclass(frozen=True)
@@ -192,26 +196,50 @@ def stages_of(params: Params) -> list[Stage]:
                 )
             )
     for name, transfer in sorted(params.fine_tune.items()):
-        for mode in sorted(transfer.modes):
+        for mode, one in transfer_runs(transfer.modes, transfer.sources):
+            entries = {entry.partition(".")[0]: entry for entry in transfer.sources}
+            if mode == "progressive_3":
+                read = transfer.sources[:2]
+            elif mode == "auto":
+                read = transfer.sources
+            else:
+                read = [entries.get(one, transfer.sources[0])]
+            # Whose play is measured, or shown: of a student's environments all that it knows.
+            known = {
+                environment
+                for entry in read
+                for environment in _environments(params, entry)
+                if mode not in ("scratch", "progressive_random") or environment == _of_head(params, entry)
+            }
             for seed in seeds:
-                base = f"data/transfer/{name}-{mode}-s{seed}"
-                dataset_needed = bool(transfer.source) and mode != "scratch"
+                base = f"data/transfer/{transfer_stem(name, mode, one, seed)}"
                 stages.append(
                     Stage(
-                        name=stage_name("fine_tune", name, mode, seed),
-                        argv=python("fine_tune", name, "--mode", mode, "--seed", str(seed)),
+                        name=stage_name("fine_tune", name, mode, one, seed),
+                        argv=python("fine_tune", name, "--mode", mode)
+                        + (["--source", one] if one else [])
+                        + ["--seed", str(seed)],
                         deps=[
                             code("fine_tune", transfer.learner.algorithm),
-                            f"data/students/{transfer.student}-s{seed}",
-                            *([f"data/datasets/{transfer.source}-s{seed}"] if dataset_needed else []),
-                            *module_files(name),
+                            *(
+                                f"data/{_kind(params, entry)}/{entry.partition('.')[0]}-s{seed}"
+                                for entry in read
+                            ),
+                            *(
+                                f"data/datasets/{environment}-s{seed}"
+                                for environment in _datasets(params, transfer, mode, read)
+                            ),
+                            *sorted({path for each in {name, *known} for path in module_files(each)}),
                         ],
-                        params=[f"environments.{name}", f"fine_tune.{name}"],
+                        params=[
+                            f"fine_tune.{name}",
+                            *(f"environments.{each}" for each in sorted({name, *known})),
+                        ],
                         outs=[base],
                         metrics=[f"{base}.json"],
                         plots={f"{base}.csv": {"x": "env_steps", "y": "mean_return"}},
                         environments=[name],
-                        cost=training_seconds(transfer.learner),
+                        cost=training_seconds(transfer.learner) * COSTS.get(mode, 1.0),
                     )
                 )
     for name, joint in sorted(params.train_multi_task.items()):
@@ -309,6 +337,39 @@ def stages_of(params: Params) -> list[Stage]:
     )
     _check_unique(stages)
     return [digest_code, *stages]
+
+
+def _kind(params: Params, entry: str) -> str:
+    return "students" if entry.partition(".")[0] in params.distill_student else "teachers"
+
+
+def _environments(params: Params, entry: str) -> list[str]:
+    """What a source of transfer has learnt."""
+    name = entry.partition(".")[0]
+    return sorted(params.distill_student[name].environments) if _kind(params, entry) == "students" else [name]
+
+
+def _of_head(params: Params, entry: str) -> str:
+    """The environment whose head and adapter a source gives; "" where it gives its torso alone."""
+    name, _, environment = entry.partition(".")
+    return environment if _kind(params, entry) == "students" else name
+
+
+def _datasets(params: Params, transfer: TransferParams, mode: str, read: list[str]) -> list[str]:
+    """Environments whose datasets a transfer reads: for a Q head, a guide's temperature, or rehearsal."""
+    wanted: set[str] = set()
+    value_based = transfer.learner.algorithm != "ppo"
+    for entry in read:
+        student = params.distill_student.get(entry.partition(".")[0])
+        head = _of_head(params, entry)
+        logits = student.loss != "mse" if student else params.train_teacher[head].algorithm == "ppo"
+        if mode == "rehearsal":
+            wanted |= set(_environments(params, entry))
+        if head and mode in FITTED and value_based and logits:
+            wanted.add(head)
+        if head and mode == "kickstart" and not logits:
+            wanted.add(head)
+    return sorted(wanted)
 
 
 def _retraining(params: Params, stages: list[Stage]) -> list[Stage]:

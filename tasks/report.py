@@ -1,14 +1,14 @@
 """Stage: everything a run found, as one self-contained page and as numbers for DVC.
 
 Reads, for the environments of ``train_teacher``, the students of ``distill_student``, the networks of ``train_multi_task``,
-the targets and modes of ``fine_tune`` and all ``seeds`` (paths follow from these blocks; no folder is listed):
+the targets, modes and sources of ``fine_tune`` and all ``seeds`` (paths follow from these blocks; no folder is listed):
 
     data/code/report.json
     data/teachers/<env>-s<seed>.json       data/teachers/<env>-s<seed>.csv
     data/datasets/<env>-s<seed>.json
     data/students/<student>-s<seed>.json   data/students/<student>-s<seed>.csv
     data/multi_task/<name>-s<seed>.json    data/multi_task/<name>-s<seed>.csv
-    data/transfer/<target>-<mode>-s<seed>.json   data/transfer/<target>-<mode>-s<seed>.csv
+    data/transfer/<target>-<mode>[-<source>]-s<seed>.json   and .csv
     data/evaluation/<env>-s<seed>.json
 
 Writes ``report.html``, ``results.json``, ``comparison.csv`` and ``learning_curves.png`` in ``data/evaluation/``.
@@ -27,7 +27,7 @@ from stillhouse.errors import StillhouseError
 from stillhouse.files import sha256, write_atomic, write_json
 from tasks.report_page import render
 from tasks.results import Results, Run, Summary, metrics, summarise
-from tasks.stage import StageContext, main
+from tasks.stage import StageContext, main, stage_name, transfer_runs, transfer_stem
 
 OUTPUT = Path("data/evaluation")
 
@@ -68,8 +68,10 @@ def gather(blocks: dict[str, Any], root: Path) -> Results:
     sources = sorted(blocks["train_teacher"])
     transfer = {
         target: {
-            mode: {seed: run(f"data/transfer/{target}-{mode}-s{seed}") for seed in seeds}
-            for mode in sorted(block["modes"])
+            stage_name(mode, source=source): {
+                seed: run(f"data/transfer/{transfer_stem(target, mode, source, seed)}") for seed in seeds
+            }
+            for mode, source in transfer_runs(block["modes"], block["sources"])
         }
         for target, block in sorted(blocks["fine_tune"].items())
     }

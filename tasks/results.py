@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +39,7 @@ class Results:
         students: student, seed -> its run.
         joint: joint network, seed -> its run.
         evaluations: environment, seed -> returns of random play, the teacher, the students and the joint networks.
-        transfer: target, mode, seed -> its run.
+        transfer: target, way (``scratch``, ``full-small``: with its source, where it has one), seed -> its run.
         settings: the blocks ``train_teacher``, ``collect_dataset``, ``distill_student``, ``train_multi_task`` and ``fine_tune``.
         environment: versions, and the device.
         inputs: path of every file read to its SHA-256.
@@ -109,6 +110,9 @@ class TransferRow:
     score: Estimate | None
     score_kind: str
     steps_to_scratch: list[float]  # infinite where it never got there
+    retention: (
+        Estimate | None
+    )  # of the sources' normalised score, mean over their environments; None: nothing of theirs moved
 
 
 @dataclass(frozen=True)
@@ -198,12 +202,13 @@ def _knows_actions(run: Run) -> bool:
 def _transfer(results: Results, target: str) -> list[TransferRow]:
     modes, seeds = results.transfer[target], results.seeds
     rows = []
-    for mode in sorted(modes, key=["full", "frozen", "scratch"].index):
+    for mode in sorted(modes, key=lambda mode: (mode == "scratch", mode)):
         runs = [modes[mode][seed] for seed in seeds]
         pairs = [
             compare(curve_of(run), curve_of(scratch), scratch["random_return"])
             for run, scratch in zip(runs, modes.get("scratch", {}).values(), strict=False)
         ]
+        kept = [_retention(run) for run in runs if run["retention"]]
         # One scale for all seeds: a mean of ratios and differences would mean nothing.
         ratio = all(pair.score_kind == "ratio" for pair in pairs)
         rows.append(
@@ -221,9 +226,21 @@ def _transfer(results: Results, target: str) -> list[TransferRow]:
                 else None,
                 score_kind="ratio" if ratio else "difference",
                 steps_to_scratch=[pair.steps_to_scratch for pair in pairs],
+                retention=_over_seeds(kept) if kept and np.isfinite(kept).all() else None,
             )
         )
     return rows
+
+
+def _retention(run: Run) -> float:
+    """Mean over a source's environments of the score after, where before is 1 and random play 0; what was never above random
+    play is left out."""
+    scores = [
+        (found["after"] - found["random"]) / (found["before"] - found["random"])
+        for found in run["retention"].values()
+        if found["before"] > found["random"]
+    ]
+    return float(np.mean(scores)) if scores else math.nan
 
 
 def experience(results: Results, name: str, joint: bool = False) -> float:
@@ -286,6 +303,7 @@ def metrics(results: Results, summary: Summary) -> dict[str, Any]:
                 "jumpstart": number(row.jumpstart),
                 "area_under_curve": number(row.area),
                 f"transfer_{row.score_kind}": number(row.score),
+                "retention": number(row.retention),
                 "initial_return": number(row.initial),
                 "final_return": number(row.final),
                 "env_steps_to_scratch": {

@@ -19,7 +19,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -35,7 +35,6 @@ from tasks.supervisor import follow_supervisor
 PIPELINE = Path("params/pipeline.yaml")
 DVC_YAML = Path("dvc.yaml")
 RETRAINING = "retraining"  # the block of a retraining's stages
-MODES = ("full", "frozen", "scratch")
 
 # Set by whoever runs the stage; a stage run by a plain `dvc repro` has none of them.
 PROGRESS_FILE = "STILLHOUSE_PROGRESS"  # where the latest progress is written as JSON
@@ -50,9 +49,36 @@ class Interrupted(BaseException):
     """The stage was asked to stop, and has saved what it could."""
 
 
-def stage_name(verb: str, name: str = "", mode: str = "", seed: int = -1) -> str:
-    """The one rule for stage names: ``verb-name-mode-sSEED``, without the parts a stage does not have."""
-    return "-".join([part for part in (verb, name, mode) if part] + ([f"s{seed}"] if seed >= 0 else []))
+def stage_name(verb: str, name: str = "", mode: str = "", source: str = "", seed: int = -1) -> str:
+    """The one rule for stage names: ``verb-name-mode-source-sSEED``, without the parts a stage does not have."""
+    return "-".join(
+        [part for part in (verb, name, mode, source) if part] + ([f"s{seed}"] if seed >= 0 else [])
+    )
+
+
+# Ways of transfer that start from, or read, one source, and are a stage for each; the others are one stage.
+BY_SOURCE = (
+    "discriminative",
+    "features",
+    "full",
+    "gradual",
+    "head_only",
+    "kickstart",
+    "l2_sp",
+    "progressive_2",
+    "rehearsal",
+)
+
+
+def transfer_runs(modes: Iterable[str], sources: Iterable[str]) -> list[tuple[str, str]]:
+    """Way and source of each stage of a transfer; the source is "" where the way has no single one."""
+    names = [entry.partition(".")[0] for entry in sources]
+    return [(mode, name) for mode in sorted(modes) for name in (names if mode in BY_SOURCE else [""])]
+
+
+def transfer_stem(target: str, mode: str, source: str, seed: int) -> str:
+    """What the files of a transfer are called: the target, the way, the source where it has one."""
+    return stage_name(target, mode, source=source, seed=seed)
 
 
 def read_yaml(path: Path) -> Any:
@@ -282,9 +308,9 @@ def _scalar_writer(name: str) -> Callable[[int, dict[str, float]], None]:
 class StageContext:
     """What a stage body is given."""
 
-    def __init__(self, verb: str, name: str, mode: str, seed: int) -> None:
-        self.verb, self.name, self.mode, self.seed = verb, name, mode, seed
-        self.stage = stage_name(verb, name, mode, seed)
+    def __init__(self, verb: str, name: str, mode: str, source: str, seed: int) -> None:
+        self.verb, self.name, self.mode, self.source, self.seed = verb, name, mode, source, seed
+        self.stage = stage_name(verb, name, mode, source, seed)
         entry = stage_entry(self.stage)
         self._parameters = read_yaml(PIPELINE)
         self.deps: list[str] = entry.get("deps", [])
@@ -327,7 +353,8 @@ def _arguments(argv: list[str] | None) -> tuple[str, argparse.Namespace]:
     if verb not in ("report", "publish_results"):
         parser.add_argument("name", help="environment, student or target, as named in params/pipeline.yaml")
         if verb == "fine_tune":
-            parser.add_argument("--mode", choices=MODES, required=True)
+            parser.add_argument("--mode", required=True)
+            parser.add_argument("--source", default="")
         parser.add_argument("--seed", type=int, required=True)
     return verb, parser.parse_args(argv)
 
@@ -353,6 +380,7 @@ def main(body: Callable[[StageContext], None], argv: list[str] | None = None) ->
             verb,
             getattr(arguments, "name", ""),
             getattr(arguments, "mode", ""),
+            getattr(arguments, "source", ""),
             getattr(arguments, "seed", -1),
         )
         held = bool(os.environ.get(SCRATCH_HELD))

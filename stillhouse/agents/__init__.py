@@ -31,9 +31,14 @@ def fresh_network(
     """What a learner starts from: a network for one environment, its weights from the stage's ``seed``."""
     spec = NetworkSpec(size=size, environments={name: environment}, output=output)
     network = build_network(spec, seeding.derive(seed, "network"))
-    if output == "logits":
-        scale_head(network, name, _FRESH_LOGITS)
+    make_fresh_head(network, name)
     return network
+
+
+def make_fresh_head(network: MultiTaskNetwork, name: str) -> None:
+    """Let a policy that has learnt nothing prefer nothing; Q-values stay as they were drawn."""
+    if network.spec.output == "logits":
+        scale_head(network, name, _FRESH_LOGITS)
 
 
 def make_learner(

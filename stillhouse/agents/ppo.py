@@ -21,18 +21,20 @@ Deviations from the paper:
 5. ``critic_warmup``: for this share of the budget only the critic learns, so that a policy that was taken from elsewhere is
    not spoiled by the errors of a fresh critic.
 6. The loss's gradients with respect to logits and values are written out (:func:`clipped_loss`).
+7. A ``guide`` adds its weight times KL(guide || policy) on the rollout's states (kickstarting); there is none in plain training.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.nn import functional
 
 from stillhouse import seeding
 from stillhouse.config import Config
@@ -108,7 +110,19 @@ def build_critic(kind: CriticKind, actor: MultiTaskNetwork, environment: str, se
         return build_network(spec, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return nn.Linear(actor.torso.outputs, 1)
+        return nn.Linear(actor.feature_count, 1)
+
+
+class Guide(Protocol):
+    """A policy that the learner's is drawn to: see :mod:`stillhouse.transfer.kickstarting`."""
+
+    def weight(self, env_steps: int) -> float:
+        """Of the Kullback-Leibler divergence in the loss, after so many env steps; 0: the guide is not asked."""
+        ...
+
+    def policy(self, observations: Tensor) -> Tensor:
+        """Probabilities [B, A] for raw observations [B, ...], without a gradient."""
+        ...
 
 
 class PPO:
@@ -120,6 +134,10 @@ class PPO:
         environment: name of the network's head and adapter.
         envs: the copies to act in; ``num_envs`` of them.
         seed: the stage's seed.
+
+    Attributes:
+        guide: a policy that the learner's is drawn to, by KL(guide || policy) on the states that the learner meets; none at
+            first.
     """
 
     def __init__(
@@ -134,6 +152,7 @@ class PPO:
         self.network = network
         self.environment = environment
         self.reward_scale = 1.0  # logits have no scale of rewards
+        self.guide: Guide | None = None
         self.envs = envs
         device = next(network.parameters()).device
         self.critic = build_critic(config.critic, network, environment, seeding.derive(seed, "critic"))
@@ -255,7 +274,10 @@ class PPO:
         actions = torch.from_numpy(self._rollout_actions).flatten().to(self.device)
         logits = torch.from_numpy(self._rollout_logits).flatten(0, 1).to(self.device)
         log_mu = torch.log_softmax(logits, 1).gather(1, actions.unsqueeze(1)).squeeze(1)
-        columns = (observations, actions, log_mu, advantages.flatten() + values, advantages.flatten())
+        guided = self.guide.weight(self.env_steps) if self.guide and not self._warming else 0.0
+        guides = [self._guide_policy(self.guide, observations)] if self.guide and guided else []
+        returns = advantages.flatten() + values
+        columns = (observations, actions, log_mu, returns, *guides, advantages.flatten())
         valid = torch.from_numpy(np.flatnonzero(self._rollout_valid))
         size = max(1, len(valid) // config.minibatches)
         count = min(config.minibatches, len(valid))
@@ -265,14 +287,26 @@ class PPO:
             *shuffled, chosen = (column[order.to(self.device)] for column in columns)
             shuffled.append(normalise(chosen.view(count, size)).flatten())
             for minibatch in zip(*(column.split(size) for column in shuffled), strict=True):
-                parts.append(self._update(minibatch, learning_rate))
+                parts.append(self._update(minibatch, learning_rate, guided))
         metrics = _metrics(parts, config.epochs, config.clip_range)
         metrics["rollout/value"] = float(values.mean())
+        if guides:
+            log_policy = torch.log_softmax(logits, 1)
+            metrics["policy/guide_kl"] = float(
+                functional.kl_div(log_policy, guides[0], reduction="batchmean")
+            )
         return metrics
 
-    def _update(self, minibatch: tuple[Tensor, ...], learning_rate: float) -> ClippedLoss:
+    @torch.inference_mode()
+    def _guide_policy(self, guide: Guide, observations: Tensor) -> Tensor:
+        """The guide's probabilities [N, A] for raw observations [N, ...]."""
+        return torch.cat([guide.policy(part) for part in observations.split(_EVALUATION_BATCH)])
+
+    def _update(
+        self, minibatch: tuple[Tensor, ...], learning_rate: float, guided: float = 0.0
+    ) -> ClippedLoss:
         config = self.config
-        observations, actions, log_mu, returns, advantages = minibatch
+        observations, actions, log_mu, returns, *guides, advantages = minibatch
         features = self.network.features(observations, self.environment)
         logits = self.network.head(features, self.environment)
         values = self._value(observations, features.detach() if self._warming else features)
@@ -287,6 +321,9 @@ class PPO:
             config.value_coefficient,
             config.entropy_coefficient,
         )
+        if guides:  # d KL(guide || policy) / d logits = policy - guide
+            toward = torch.softmax(logits.detach(), 1).sub_(guides[0])
+            loss.logits_gradient.add_(toward, alpha=guided / len(toward))
         self.parameters.zero_gradient()
         values_gradient = loss.values_gradient.unsqueeze(1)
         if self._warming:

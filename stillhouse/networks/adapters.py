@@ -79,6 +79,7 @@ class PlanesConvolution(nn.Module):
     def __init__(self, observation: ObservationSpec, conv_channels: int, layer_norm: bool) -> None:
         super().__init__()
         height, width, channels = height_width_channels(observation)
+        self.maps = conv_channels
         self.outputs = conv_channels * (height - 2) * (width - 2)
         self.channels_first = observation.channels_first
         self.scale = 1 / 255 if observation.kind == "image" else 1.0
@@ -97,32 +98,17 @@ class PlanesConvolution(nn.Module):
         return functional.relu(self.norm(maps)).flatten(1)
 
 
-class PlanesAdapter(nn.Module):
-    """bool or uint8 [B, H, W, C] -> :class:`PlanesConvolution` -> dense -> [B, features]."""
-
-    def __init__(
-        self, observation: ObservationSpec, conv_channels: int, features: int, layer_norm: bool
-    ) -> None:
-        super().__init__()
-        self.first = PlanesConvolution(observation, conv_channels, layer_norm)
-        self.body = VectorAdapter(self.first.outputs, features, layer_norm)
-
-    def forward(self, observations: Tensor) -> Tensor:
-        features: Tensor = self.body(self.first(observations))
-        return features
-
-
-class ImageAdapter(nn.Module):
-    """uint8 [B, H, W, C] with sides of at least 36 -> the three convolutions of Mnih et al. 2015 -> [B, features].
+class ImageConvolutions(nn.Module):
+    """uint8 [B, H, W, C] with sides of at least 36 -> the three convolutions of Mnih et al. 2015 -> [B, outputs].
 
     ``conv_channels`` is the width of the first convolution; the next two have twice as many maps (32/64/64).
     """
 
-    def __init__(
-        self, observation: ObservationSpec, conv_channels: int, features: int, layer_norm: bool
-    ) -> None:
+    def __init__(self, observation: ObservationSpec, conv_channels: int) -> None:
         super().__init__()
         height, width, channels = height_width_channels(observation)
+        self.maps = conv_channels * 2
+        self.outputs = self.maps * math.prod(_after_convolutions(side) for side in (height, width))
         self.channels_first = observation.channels_first
         self.scale = 1 / 255 if observation.kind == "image" else 1.0
         self.convolutions = nn.Sequential(
@@ -134,19 +120,35 @@ class ImageAdapter(nn.Module):
             nn.ReLU(),
             nn.Flatten(),
         )
-        positions = math.prod(_after_convolutions(side) for side in (height, width))
-        self.dense = nn.Linear(positions * conv_channels * 2, features)
-        self.norm = nn.LayerNorm(features) if layer_norm else nn.Identity()
 
     def forward(self, observations: Tensor) -> Tensor:
         if not self.channels_first:
             observations = observations.permute(0, 3, 1, 2)
-        images = observations.to(torch.float32) * self.scale
-        return functional.relu(self.norm(self.dense(self.convolutions(images))))
+        maps: Tensor = self.convolutions(observations.to(torch.float32) * self.scale)
+        return maps
+
+
+class ConvolutionalAdapter(nn.Module):
+    """[B, H, W, C] -> ``first``, convolutions -> ``body``, dense -> [B, features]."""
+
+    def __init__(
+        self, observation: ObservationSpec, conv_channels: int, features: int, layer_norm: bool
+    ) -> None:
+        super().__init__()
+        self.first = (
+            PlanesConvolution(observation, conv_channels, layer_norm)
+            if has_planes(observation)
+            else ImageConvolutions(observation, conv_channels)
+        )
+        self.body = VectorAdapter(self.first.outputs, features, layer_norm)
+
+    def forward(self, observations: Tensor) -> Tensor:
+        features: Tensor = self.body(self.first(observations))
+        return features
 
 
 def has_planes(observation: ObservationSpec) -> bool:
-    """Whether it is for a :class:`PlanesAdapter`: three axes, and smaller than :class:`ImageAdapter` takes."""
+    """Whether one 3x3 convolution is for it: three axes, and smaller than :class:`ImageConvolutions` takes."""
     return observation.kind in ("planes", "image") and (
         min(height_width_channels(observation)[:2]) < _NATURE_MINIMUM_SIDE
     )
@@ -160,8 +162,7 @@ def make_adapter(
         return VectorAdapter(observation.shape[0], features, layer_norm)
     if observation.kind == "discrete":
         return DiscreteAdapter(observation.shape[0], features, layer_norm)
-    kind = PlanesAdapter if has_planes(observation) else ImageAdapter
-    return kind(observation, conv_channels, features, layer_norm)
+    return ConvolutionalAdapter(observation, conv_channels, features, layer_norm)
 
 
 def height_width_channels(observation: ObservationSpec) -> tuple[int, int, int]:

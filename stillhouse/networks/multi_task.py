@@ -8,6 +8,8 @@ action set, of which every environment reads its first actions; the others are m
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,6 +19,8 @@ from torch.nn import functional
 
 from stillhouse.config import Config
 from stillhouse.networks.adapters import (
+    ConvolutionalAdapter,
+    ImageConvolutions,
     PlanesConvolution,
     VectorAdapter,
     has_planes,
@@ -64,9 +68,13 @@ class Torso(nn.Module):
         self.norm = nn.ModuleList(nn.LayerNorm(b) if layer_norm else nn.Identity() for b in widths)
         self.outputs = sizes[-1]
 
+    def layer(self, index: int, features: Tensor) -> Tensor:
+        """One of the dense layers."""
+        return functional.relu(self.norm[index](self.dense[index](features)))
+
     def forward(self, features: Tensor) -> Tensor:
-        for dense, norm in zip(self.dense, self.norm, strict=True):
-            features = functional.relu(norm(dense(features)))
+        for index in range(len(self.dense)):
+            features = self.layer(index, features)
         return features
 
 
@@ -112,6 +120,42 @@ class MultiTaskNetwork(nn.Module):
                 self.heads[key] = nn.Linear(
                     self.torso.outputs, widest if size.share_head else environment.actions
                 )
+
+    @property
+    def feature_count(self) -> int:
+        """Width of what :meth:`features` gives."""
+        return self.torso.outputs
+
+    def layers(self, environment: str) -> list[Callable[[Tensor], Tensor]]:
+        """The way to the features, layer by layer: the first takes raw observations, each gives [B, n]."""
+        torso = [partial(self.torso.layer, index) for index in range(len(self.torso.dense))]
+        return [*self._way_in(environment).values(), *torso]
+
+    def layer_forms(self, environment: str) -> list[tuple[int, int]]:
+        """Of each layer, the maps and the positions of each; a dense layer's units are maps of one position."""
+        forms = [
+            (part.maps, part.outputs // part.maps)
+            for part in self._way_in(environment).values()
+            if isinstance(part, PlanesConvolution | ImageConvolutions)
+        ]
+        return [*forms, *((width, 1) for width in (self.spec.size.features, *self.spec.size.torso))]
+
+    def layer_names(self, environment: str) -> list[list[str]]:
+        """The parameters on an environment's way, layer by layer from the observations to the head."""
+        groups: list[tuple[str, ...]] = [(f"{prefix}.",) for prefix in self._way_in(environment)]
+        groups += [(f"torso.dense.{i}.", f"torso.norm.{i}.") for i in range(len(self.torso.dense))]
+        groups.append((f"heads.{self._routes[environment].head}.",))
+        names = [name for name, _ in self.named_parameters()]
+        return [[name for name in names if name.startswith(group)] for group in groups]
+
+    def _way_in(self, environment: str) -> dict[str, nn.Module]:
+        """The modules between an environment's observations and the torso, one a layer, by their names."""
+        route = self._routes[environment]
+        adapter = self.adapters[route.adapter]
+        name = f"adapters.{route.adapter}"
+        if isinstance(adapter, ConvolutionalAdapter):
+            return {f"{name}.first": adapter.first, f"{name}.body": adapter.body}
+        return {name: adapter} | ({f"bodies.{route.body}": self.bodies[route.body]} if route.body else {})
 
     def features(self, observations: Tensor, environment: str) -> Tensor:
         """The torso's output, [B, last width], for raw observations [B, ...]."""

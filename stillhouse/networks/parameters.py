@@ -7,7 +7,7 @@ networks is most of the fixed cost of an update.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -20,11 +20,15 @@ class FlatParameters:
     """A network's parameters in one tensor, with an optimiser.
 
     Args:
-        network: its parameters are moved; keep using it as before.
+        network: its parameters are moved; keep using it as before. Those that want no gradient are left where they are.
         learning_rate: of the optimiser; :meth:`step` may be given another.
         epsilon: the optimiser's.
         beside: modules that are trained along and are no part of the network, for example a critic. Their parameters
             follow the network's, under ``<key>.<name>``; the network's keep their own names.
+
+    Attributes:
+        slices: name to its place in the flat tensor.
+        penalties: called at every step before the gradient is clipped, each adds its part to ``gradient``.
     """
 
     def __init__(
@@ -37,12 +41,15 @@ class FlatParameters:
         named = list(network.named_parameters())
         for key, module in beside.items():
             named += module.named_parameters(prefix=key)
+        named = [(name, parameter) for name, parameter in named if parameter.requires_grad]
         device = named[0][1].device
         count = sum(parameter.numel() for _, parameter in named)
         self.values = nn.Parameter(torch.empty(count, device=device), requires_grad=False)
         self.gradient = torch.zeros(count, device=device)
         self.slices: dict[str, slice] = {}
+        self.penalties: list[Callable[[], None]] = []
         self._mask: Tensor | None = None
+        self._pace: Tensor | None = None
         start = 0
         for name, parameter in named:
             stop = start + parameter.numel()
@@ -61,31 +68,47 @@ class FlatParameters:
 
     def step(self, learning_rate: float, max_gradient_norm: float = 0.0) -> None:
         """One optimiser step, after clipping the gradient to ``max_gradient_norm`` (0: not at all)."""
+        for penalty in self.penalties:
+            penalty()
         if self._mask is not None:
             self.gradient.mul_(self._mask)
         if max_gradient_norm:
             norm = torch.linalg.vector_norm(self.gradient)
             self.gradient.mul_((max_gradient_norm / (norm + 1e-6)).clamp(max=1.0))
         self.optimizer.param_groups[0]["lr"] = learning_rate
+        if self._pace is None:
+            self.optimizer.step()
+            return
+        before = self.values.data.clone()
         self.optimizer.step()
+        # Adam's step does not change with the gradient's scale, so it is the step that is scaled.
+        torch.lerp(before, self.values.data, self._pace, out=self.values.data)
 
-    def freeze(self, prefixes: Iterable[str]) -> list[str]:
-        """Keep the parameters whose names start with one of ``prefixes`` as they are; the names frozen.
+    def freeze(self, names: Iterable[str]) -> None:
+        """Keep just these parameters as they are, from now on; what was frozen and is no more begins with a fresh optimiser.
 
         Their gradients are zeroed, so Adam's step on them is exactly 0 from a fresh optimiser.
-        """
-        prefixes = tuple(prefixes)
-        names = [name for name in self.slices if name.startswith(prefixes)]
-        self._mask = torch.ones_like(self.gradient)
-        for name in names:
-            self._mask[self.slices[name]] = 0
-        return names
 
-    def unfreeze(self) -> None:
-        """Train everything again; where something was frozen, with a fresh optimiser."""
-        if self._mask is not None:
-            self._mask = None
+        Raises:
+            KeyError: no such parameter.
+        """
+        mask = torch.ones_like(self.gradient)
+        for name in names:
+            mask[self.slices[name]] = 0
+        before = self._mask
+        self._mask = None if mask.all() else mask
+        if before is not None and (mask > before).any():
             self.forget_moments()
+
+    def set_pace(self, factors: Mapping[str, float]) -> None:
+        """Scale each step of these parameters: a learning rate of their own, as a factor of the common one.
+
+        Raises:
+            KeyError: no such parameter.
+        """
+        self._pace = torch.ones_like(self.gradient)
+        for name, factor in factors.items():
+            self._pace[self.slices[name]] = factor
 
     def forget_moments(self) -> None:
         """Start the optimiser afresh.

@@ -1,20 +1,23 @@
-"""Transfer by fine-tuning: a student's layers as the start of a learner on a target environment.
+"""Fine-tuning: a learner on a target environment that starts from what was taken from a source.
 
-    full      every tensor that fits is taken from the student, and all are trained
-    frozen    the same, but what was taken stays as it is for the first part of the budget
-    scratch   the same network with fresh weights: what the other two are judged against
+    full            all is trained from the first update
+    head_only       what was taken below the head stays as it is; the head, and what is new, is trained
+    gradual         the same at first; layer after layer is freed, from the head down, over a part of the budget
+                    (Howard & Ruder 2018, arXiv:1801.06146, section 3.3)
+    discriminative  a layer's learning rate is ``layer_decay`` times that of the one above it (the same, section 3.2)
+    l2_sp           w_taken is drawn to where it began: alpha / 2 ||w - w_source||^2 is added to the loss
+                    (Li, Grandvalet & Davoine 2018, arXiv:1802.01483, eq. 3, without the second term, the decay of new weights)
+    rehearsal       full, and the source's policy is kept on its own states: :mod:`stillhouse.transfer.rehearsal`
+    scratch         fresh weights, nothing taken: what the others are judged against
 
-What is taken: the shared torso always; the adapter where the target's observations have the same shape as a source's;
-the head only where the student's outputs are what the learner's are. A policy-gradient learner takes a KL or NLL student's
-logits as they are, and warms its critic up before the policy moves. For a value-based learner such a student's outputs are no
-Q-values: bootstrapping from them destroys the network, so a fresh Q head is fitted to a source dataset's Q-values first (ridge
-regression on the torso's features, in closed form). Where no dataset fits the target's spaces, the fresh head starts at
-zero: it bootstraps from 0, not from noise. A policy head that cannot be taken starts at zero too: the uniform policy.
+What is taken, and how a Q head is made of a dataset's Q-values, is in :mod:`stillhouse.transfer.initialisation`. A policy that was
+taken is not spoiled by a fresh critic: PPO warms its critic up first, and a decaying KL to the source's policy
+(:mod:`stillhouse.transfer.kickstarting`) keeps it near what it knew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -23,24 +26,91 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from stillhouse.agents import fresh_network
 from stillhouse.config import Config
 from stillhouse.envs.make import EnvironmentConfig
 from stillhouse.evaluation.rollouts import evaluate
-from stillhouse.networks.multi_task import SHARED_HEAD, MultiTaskNetwork
-from stillhouse.types import EnvironmentSpec, Learner, OutputKind, Report
+from stillhouse.networks.multi_task import MultiTaskNetwork
+from stillhouse.networks.parameters import FlatParameters
+from stillhouse.transfer.initialisation import Correspondence, Source, TensorReport
+from stillhouse.transfer.rehearsal import Rehearsal
+from stillhouse.types import Learner, OutputKind, Report
 
-Mode = Literal["full", "frozen", "scratch"]
+Mode = Literal[
+    "auto",
+    "discriminative",
+    "features",
+    "full",
+    "gradual",
+    "head_only",
+    "kickstart",
+    "l2_sp",
+    "progressive_2",
+    "progressive_3",
+    "progressive_random",
+    "rehearsal",
+    "scratch",
+]
+Declaration = Literal["same", "index", "name"] | dict[str, str]
 
 
 class FineTuneConfig(Config):
     """Settings of a transfer run; the learner's own settings stand beside them."""
 
+    components: Declaration = Field(
+        default="same",
+        description="which of the source's observation components the target's are: same (as many, in order), index (in order, as far as both "
+        "go), name, or target's to source's by name or number",
+    )
+    actions: Declaration = Field(
+        default="index", description="the same of actions: same, index, name, or target's to source's"
+    )
+    take: list[str] = Field(
+        default=["*"],
+        min_length=1,
+        max_length=100,
+        description="patterns of tensors that are taken from the source",
+    )
+    freeze: list[str] = Field(
+        default=[],
+        max_length=100,
+        description="patterns of tensors that stay as they are for the whole budget",
+    )
     frozen_fraction: float = Field(
         default=0.2,
         ge=0,
         le=1,
-        description="mode frozen: share of the budget in which taken tensors do not move",
+        description="gradual: share of the budget after which every layer is trained",
+    )
+    layer_decay: float = Field(
+        default=0.4,
+        gt=0,
+        le=1,
+        description="discriminative: a layer's learning rate over that of the one above it",
+    )
+    l2_sp: float = Field(default=0.01, ge=0, description="l2_sp: alpha, how strongly weights are drawn back")
+    rehearsal_share: float = Field(
+        default=0.2, gt=0, lt=1, description="rehearsal: share of each batch that is of the source's dataset"
+    )
+    rehearsal_weight: float = Field(default=1.0, ge=0, description="rehearsal: weight of its loss")
+    guide_weight: float = Field(
+        default=1.0,
+        ge=0,
+        description="PPO: weight, at first, of the KL to the source's policy: kickstart, and wherever the policy was taken",
+    )
+    guide_fraction: float = Field(
+        default=0.3, ge=0, le=1, description="share of the budget over which that weight falls to 0"
+    )
+    probe_fraction: float = Field(
+        default=0.05, gt=0, le=0.5, description="auto: share of the budget that each source is tried for"
+    )
+    adapter_scale: float = Field(
+        default=0.1, gt=0, le=10, description="progressive: what the adapters' scales start from"
+    )
+    sensitivity_episodes: int = Field(
+        default=0,
+        ge=0,
+        le=10_000,
+        description="progressive: episodes for each noise level of the sensitivity analysis; 0: none is made",
     )
     epsilon_start: float = Field(
         default=0.1,
@@ -60,78 +130,12 @@ class FineTuneConfig(Config):
     evaluation_episodes: int = Field(default=20, ge=1, le=10_000, description="greedy episodes per point")
 
 
-@dataclass(frozen=True)
-class TensorReport:
-    """Which of the target network's tensors came from the student.
-
-    Attributes:
-        kept: taken whole.
-        sliced: taken where the shapes overlap, for example a head with another number of actions.
-        new: freshly initialised.
-    """
-
-    kept: list[str]
-    sliced: list[str]
-    new: list[str]
-
-
 class QDataset(Protocol):
     """What :func:`fit_head` needs of a dataset."""
 
     def __len__(self) -> int: ...
     def observations(self, rows: np.ndarray) -> np.ndarray: ...
     def outputs(self, rows: np.ndarray) -> np.ndarray: ...
-
-
-def target_network(
-    student: MultiTaskNetwork,
-    name: str,
-    environment: EnvironmentSpec,
-    source: str,
-    seed: int,
-    mode: Mode,
-    output: OutputKind = "q_values",
-) -> tuple[MultiTaskNetwork, TensorReport]:
-    """A network of the student's size for the target environment, with what can be taken from the student.
-
-    Args:
-        student: the network to take from.
-        name: the target environment's name: the new network's head.
-        environment: the target's spaces.
-        source: the student's environment whose head is taken where its outputs are of the kind ``output``; "" takes no
-            head.
-        seed: of the fresh tensors, the same in every mode.
-        mode: ``scratch`` takes nothing.
-        output: what the learner's network gives.
-    """
-    size = student.spec.size.model_copy(update={"share_head": False})  # alone, it has a head of its own
-    network = fresh_network(size, name, environment, output, seed)
-    report = TensorReport([], [], [])
-    own = dict(network.named_parameters())
-    theirs = {} if mode == "scratch" else dict(student.named_parameters())
-    with torch.no_grad():
-        for key, tensor in own.items():
-            is_head = key.startswith("heads.")
-            source_key = key
-            # An adapter, too, has its environment's name where planes share a body.
-            for part in ("heads", "adapters"):
-                if key.startswith(f"{part}.{name}."):
-                    theirs_is = SHARED_HEAD if source and is_head and student.spec.size.share_head else source
-                    source_key = key.replace(f"{part}.{name}.", f"{part}.{theirs_is}.", 1)
-            usable = not is_head or student.spec.output == output
-            given = theirs.get(source_key) if usable else None
-            if given is None:
-                report.new.append(key)
-                if is_head and mode != "scratch":
-                    tensor.zero_()
-            elif given.shape == tensor.shape:
-                tensor.copy_(given)
-                report.kept.append(key)
-            else:
-                overlap = tuple(slice(0, min(a, b)) for a, b in zip(given.shape, tensor.shape, strict=True))
-                tensor[overlap] = given[overlap]
-                report.sliced.append(key)
-    return network, report
 
 
 @torch.inference_mode()
@@ -185,16 +189,88 @@ def fit_head(
     return float(1 - residual.square().sum() / wanted.square().sum().clamp(min=1e-12))
 
 
+class Schedule:
+    """Which tensors stay as they are, over the budget.
+
+    Args:
+        mode: as above; every other mode freezes nothing of its own.
+        layers: the tensors of each layer on the target's way, from the observations to the head.
+        taken: those that came from the source.
+        always: frozen whatever the mode.
+        frozen_fraction: see :class:`FineTuneConfig`.
+    """
+
+    def __init__(
+        self,
+        mode: Mode,
+        layers: Sequence[Sequence[str]],
+        taken: Sequence[str],
+        always: Sequence[str] = (),
+        frozen_fraction: float = 0.0,
+    ) -> None:
+        self.mode, self.always, self.frozen_fraction = mode, list(always), frozen_fraction
+        self.layers = [[name for name in layer if name in taken] for layer in layers[:-1]]
+
+    def frozen(self, done: float) -> list[str]:
+        """The tensors that stay, after a share ``done`` of the budget."""
+        held = len(self.layers) if self.mode in ("head_only", "gradual") else 0
+        if self.mode == "gradual":
+            # The topmost layer is freed first, after one part of the time; the lowest at its end.
+            freed = 1.0 if done >= self.frozen_fraction else done / self.frozen_fraction
+            held -= int(freed * len(self.layers))
+        return [*self.always, *(name for layer in self.layers[:held] for name in layer)]
+
+
+def layer_paces(layers: Sequence[Sequence[str]], taken: Sequence[str], decay: float) -> dict[str, float]:
+    """Factors on the learning rate of what was taken: 1 for the head, ``decay`` for the layer below, its square, ..."""
+    return {
+        name: decay**depth for depth, layer in enumerate(reversed(layers)) for name in layer if name in taken
+    }
+
+
+class StartingPoint:
+    """L2-SP: adds ``alpha (w - w_source)`` to the gradient of these tensors, w_source being what they are now."""
+
+    def __init__(self, parameters: FlatParameters, names: Sequence[str], alpha: float) -> None:
+        self._parameters = parameters
+        self._strength = torch.zeros_like(parameters.gradient)
+        for name in names:
+            self._strength[parameters.slices[name]] = alpha
+        self._start = parameters.values.data.clone()
+
+    def __call__(self) -> None:
+        self._parameters.gradient.addcmul_(self._strength, self._parameters.values.data - self._start)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a run began.
+
+    Attributes:
+        source: what it could take from.
+        correspondence: of the target with the source's environment; None where nothing but the torso was taken.
+        tensors: what was taken.
+        head_variance_explained: by a Q head that was fitted; None where none was.
+    """
+
+    source: Source
+    correspondence: Correspondence | None
+    tensors: TensorReport
+    head_variance_explained: float | None
+
+
 class FineTuning:
     """Trains a learner on the target and judges it greedily at fixed points on validation episodes.
 
     Args:
         config: settings.
-        learner: on the target environment, its network already prepared by :func:`target_network`.
+        learner: on the target environment, its network already prepared.
         environment: the target, for the evaluations.
         budget: the learner's budget in env steps.
-        frozen: names of tensors that stay as they are for the first part of the budget.
+        schedule: what stays as it is, and for how long.
         seed: the stage's seed.
+        origin: where it began.
+        rehearsal: of what the network knew, where there is one; a penalty of the learner's parameters already.
     """
 
     def __init__(
@@ -203,35 +279,34 @@ class FineTuning:
         learner: Learner,
         environment: EnvironmentConfig,
         budget: int,
-        frozen: list[str],
+        schedule: Schedule,
         seed: int,
+        origin: Origin,
+        rehearsal: Rehearsal | None = None,
     ) -> None:
         self.config = config
         self.learner = learner
         self.environment = environment
         self.budget = budget
-        self.frozen = frozen
+        self.schedule = schedule
         self.seed = seed
+        self.origin = origin
+        self.rehearsal = rehearsal
         self.curve: list[tuple[int, float]] = []
 
     def train(self) -> Iterator[Report]:
         """Judge, train, judge at every ``budget / evaluations`` env steps; a report for each of the learner's."""
         if not self.curve:
-            self._judge(0)
-        self._set_frozen()
+            self.curve.append((0, self.judge()))
+        self._freeze()
         for report in self.learner.train():
-            self._set_frozen()
+            self._freeze()
             if report.done >= len(self.curve) * self.budget / self.config.evaluations:
-                self._judge(report.done)
+                self.curve.append((report.done, self.judge()))
             yield Report(report.done, report.total, {**report.metrics, "eval/return": self.curve[-1][1]})
 
-    def _set_frozen(self) -> None:
-        if self.frozen and self.learner.env_steps < self.config.frozen_fraction * self.budget:
-            self.learner.parameters.freeze(self.frozen)
-        else:
-            self.learner.parameters.unfreeze()
-
-    def _judge(self, env_steps: int) -> None:
+    def judge(self) -> float:
+        """Mean return of greedy play on the validation episodes."""
         episodes = evaluate(
             self.learner.outputs,
             self.environment,
@@ -239,13 +314,22 @@ class FineTuning:
             self.seed,
             stream="validation",
         )
-        self.curve.append((env_steps, float(episodes.returns.mean())))
+        return float(episodes.returns.mean())
+
+    def _freeze(self) -> None:
+        self.learner.parameters.freeze(self.schedule.frozen(self.learner.env_steps / self.budget))
 
     def get_state(self) -> dict[str, Any]:
         """The whole state, between two reports."""
-        return {"learner": self.learner.get_state(), "curve": [list(point) for point in self.curve]}
+        return {
+            "learner": self.learner.get_state(),
+            "curve": [list(point) for point in self.curve],
+            "rehearsal": self.rehearsal.get_state() if self.rehearsal else None,
+        }
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue from ``get_state``."""
         self.learner.set_state(state["learner"])
         self.curve = [(int(env_steps), float(value)) for env_steps, value in state["curve"]]
+        if self.rehearsal:
+            self.rehearsal.set_state(state["rehearsal"])

@@ -80,7 +80,7 @@ def run(workspace: Path, body: str, **environment: str) -> tuple[int, str]:
 def test_stage_names_never_collide():
     names = ["a", "a-full", "a-s0", "s0", "full", "a-full-s0"]
     seen = [
-        stage_name("fine_tune", name, mode, seed)
+        stage_name("fine_tune", name, mode, seed=seed)
         for name in names
         for mode in ("full", "scratch")
         for seed in (0, 10)
@@ -88,7 +88,7 @@ def test_stage_names_never_collide():
     seen += [stage_name("train_teacher", name, seed=seed) for name in names for seed in (0, 10)]
     seen += [stage_name("report"), stage_name("digest_code")]
     assert len(set(seen)) == len(seen)
-    assert stage_name("fine_tune", "cartpole-long", "full", 0) == "fine_tune-cartpole-long-full-s0"
+    assert stage_name("fine_tune", "cartpole-long", "full", "small", 0) == "fine_tune-cartpole-long-full-small-s0"
     assert stage_name("train_teacher", "minatar-breakout", seed=0) == "train_teacher-minatar-breakout-s0"
 
 

@@ -1,4 +1,4 @@
-"""Fine-tuning: what is taken from a student, the fitted Q head, freezing, judging, exact resume."""
+"""Fine-tuning: the fitted Q head, which layers move and when, the pull to the start, judging, exact resume."""
 
 from __future__ import annotations
 
@@ -20,14 +20,23 @@ from stillhouse.networks.multi_task import (
     build_network,
     parameter_count,
 )
-from stillhouse.transfer.fine_tuning import FineTuneConfig, FineTuning, Mode, fit_head, target_network
+from stillhouse.networks.parameters import FlatParameters
+from stillhouse.transfer.fine_tuning import (
+    FineTuneConfig,
+    FineTuning,
+    Mode,
+    Origin,
+    Schedule,
+    StartingPoint,
+    fit_head,
+    layer_paces,
+)
+from stillhouse.transfer.initialisation import Source, correspond, target_network
 from stillhouse.types import EnvironmentSpec, ObservationSpec, OutputKind
 
 torch.set_num_threads(1)
 VECTOR = ObservationSpec(kind="vector", shape=(4,))
 CARTPOLE = EnvironmentSpec(observation=VECTOR, actions=2)
-OTHER = EnvironmentSpec(observation=ObservationSpec(kind="vector", shape=(6,)), actions=3)
-THREE_ACTIONS = EnvironmentSpec(observation=VECTOR, actions=3)
 LONGER = EnvironmentConfig(id="stillhouse/CartPole-v1", options={"pole_length": 1.0})
 
 
@@ -36,92 +45,11 @@ def student(output: OutputKind) -> MultiTaskNetwork:
     return build_network(NetworkSpec(size=size, environments={"cartpole": CARTPOLE}, output=output), 5)
 
 
-def same(left: torch.nn.Module, right: torch.nn.Module, key: str, theirs: str = "") -> bool:
-    return torch.equal(left.state_dict()[key], right.state_dict()[theirs or key])
-
-
-def test_same_spaces_keep_everything_of_a_q_student() -> None:
-    source = student("q_values")
-    network, report = target_network(source, "longer", CARTPOLE, "cartpole", 0, "full")
-    assert not report.new and not report.sliced
-    observations = torch.randn(7, 4)
-    torch.testing.assert_close(network(observations, "longer"), source(observations, "cartpole"))
-    assert network.spec.output == "q_values"
-
-
-def test_a_logits_student_gives_no_head() -> None:
-    source = student("logits")
-    network, report = target_network(source, "longer", CARTPOLE, "cartpole", 0, "full")
-    assert report.new == ["heads.longer.weight", "heads.longer.bias"]
-    assert same(network, source, "torso.dense.0.weight") and same(
-        network, source, "adapters.vector_4.dense.weight"
-    )
-    assert not network.heads["longer"].weight.any()  # starts at 0, not from noise
-
-
-def test_a_policy_gradient_learner_takes_a_logits_students_policy_as_it_is() -> None:
-    source = student("logits")
-    network, report = target_network(source, "longer", CARTPOLE, "cartpole", 0, "full", "logits")
-    assert not report.new and not report.sliced and network.spec.output == "logits"
-    observations = torch.randn(7, 4)
-    torch.testing.assert_close(network(observations, "longer"), source(observations, "cartpole"))
-
-
-def test_q_values_are_never_taken_for_a_policy() -> None:
-    source = student("q_values")
-    network, report = target_network(source, "longer", CARTPOLE, "cartpole", 0, "full", "logits")
-    assert report.new == ["heads.longer.weight", "heads.longer.bias"]
-    assert same(network, source, "torso.dense.0.weight")
-    assert not network.heads["longer"].weight.any()  # the uniform policy
-
-
-def test_an_adapter_of_the_environments_own_is_taken_from_the_source() -> None:
-    planes = EnvironmentSpec(observation=ObservationSpec(kind="planes", shape=(10, 10, 4)), actions=6)
-    size = NetworkSize(conv_channels=4, features=16, share_planes=True)
-    source = build_network(NetworkSpec(size=size, environments={"breakout": planes}, output="logits"), 5)
-    network, report = target_network(source, "flipped", planes, "breakout", 0, "full", "logits")
-    assert not report.new and not report.sliced
-    observations = torch.rand(3, 10, 10, 4) < 0.5
-    torch.testing.assert_close(network(observations, "flipped"), source(observations, "breakout"))
-
-
-def test_a_shared_head_is_taken_from_whatever_environment_shares_it() -> None:
-    size = NetworkSize(features=16, share_head=True)
-    spec = NetworkSpec(
-        size=size, environments={"cartpole": CARTPOLE, "three": THREE_ACTIONS}, output="logits"
-    )
-    source = build_network(spec, 5)
-    network, report = target_network(source, "longer", CARTPOLE, "cartpole", 0, "full", "logits")
-    assert not report.new and report.sliced == ["heads.longer.weight", "heads.longer.bias"]
-    observations = torch.randn(7, 4)
-    torch.testing.assert_close(network(observations, "longer"), source(observations, "cartpole"))
-
-
-def test_other_spaces_keep_the_torso_only() -> None:
-    source = student("q_values")
-    network, report = target_network(source, "other", OTHER, "", 0, "frozen")
-    assert report.kept and all(key.startswith("torso.") for key in report.kept)
-    assert {key.partition(".")[0] for key in report.new} == {"adapters", "heads"}
-    assert same(network, source, "torso.dense.0.weight")
-
-
-def test_a_head_with_other_actions_is_sliced() -> None:
-    source = student("q_values")
-    network, report = target_network(source, "three", THREE_ACTIONS, "cartpole", 0, "full")
-    assert report.sliced == ["heads.three.weight", "heads.three.bias"]
-    torch.testing.assert_close(network.heads["three"].weight[:2], source.heads["cartpole"].weight)
-
-
-def test_scratch_takes_nothing_and_has_the_same_shape() -> None:
-    source = student("q_values")
-    scratch, report = target_network(source, "longer", CARTPOLE, "cartpole", 0, "scratch")
-    full, _ = target_network(source, "longer", CARTPOLE, "cartpole", 0, "full")
-    assert not report.kept and not report.sliced
-    assert {k: v.shape for k, v in scratch.state_dict().items()} == {
-        k: v.shape for k, v in full.state_dict().items()
-    }
-    assert not same(scratch, source, "torso.dense.0.weight")
-    assert scratch.heads["longer"].weight.any()
+def taken(output: OutputKind, learner: OutputKind = "q_values") -> tuple[MultiTaskNetwork, Origin]:
+    source = Source("student", student(output), "cartpole")
+    correspondence = correspond(CARTPOLE, CARTPOLE, "same", "index")
+    network, report = target_network(source, "longer", CARTPOLE, 0, learner, correspondence)
+    return network, Origin(source, correspondence, report, None)
 
 
 class LinearQ:
@@ -145,7 +73,7 @@ class LinearQ:
 
 
 def test_the_head_is_fitted_to_q_values_and_nothing_else_moves() -> None:
-    network, _ = target_network(student("logits"), "longer", CARTPOLE, "cartpole", 0, "full")
+    network, _ = taken("logits")
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     dataset = LinearQ(network)
     assert fit_head(network, "longer", dataset, "q_values", ridge=1e-9) > 0.999
@@ -157,7 +85,7 @@ def test_the_head_is_fitted_to_q_values_and_nothing_else_moves() -> None:
 
 
 def test_logits_are_never_taken_for_q_values() -> None:
-    network, _ = target_network(student("logits"), "longer", CARTPOLE, "cartpole", 0, "full")
+    network, _ = taken("logits")
     with pytest.raises(ValueError, match="cannot be fitted to logits"):
         fit_head(network, "longer", LinearQ(network), "logits")
 
@@ -182,26 +110,72 @@ PPO_SETTINGS: dict[str, Any] = {
 }
 
 
-def fine_tuning(mode: Mode = "frozen", output: OutputKind = "q_values") -> FineTuning:
-    network, report = target_network(student(output), "longer", CARTPOLE, "cartpole", 0, mode, output)
+def fine_tuning(mode: Mode = "gradual", output: OutputKind = "q_values") -> FineTuning:
+    network, origin = taken(output, output)
     settings = PPO_SETTINGS if output == "logits" else SETTINGS
     learner = make_learner(settings, "longer", LONGER, 0, network=network)
     config = FineTuneConfig(frozen_fraction=0.5, evaluations=4, evaluation_episodes=3)
-    frozen = [name for name in report.kept if not name.startswith("heads.")] if mode == "frozen" else []
-    return FineTuning(config, learner, LONGER, 2048, frozen, 0)
+    schedule = Schedule(
+        mode, network.layer_names("longer"), origin.tensors.taken, frozen_fraction=config.frozen_fraction
+    )
+    return FineTuning(config, learner, LONGER, 2048, schedule, 0, origin)
 
 
-def test_frozen_tensors_stay_for_their_part_of_the_budget_and_move_after() -> None:
-    run = fine_tuning()
-    start = run.learner.parameters.values.detach().clone()
-    where = run.learner.parameters.slices["torso.dense.0.weight"]
-    head = run.learner.parameters.slices["heads.longer.weight"]
+def moved(run: FineTuning) -> dict[str, int]:
+    """Each tensor's env steps at the first report after which it had moved; -1 where it never did."""
+    parameters = run.learner.parameters
+    start = parameters.values.detach().clone()
+    found = dict.fromkeys(parameters.slices, -1)
+    began = 0
     for report in run.train():
-        values = run.learner.parameters.values.detach()
-        assert not torch.equal(values[head], start[head])
-        if report.done <= 1024:
-            assert torch.equal(values[where], start[where])
-    assert not torch.equal(run.learner.parameters.values.detach()[where], start[where])
+        for name, where in parameters.slices.items():
+            if found[name] < 0 and not torch.equal(parameters.values[where], start[where]):
+                found[name] = began
+        began = report.done
+    return found
+
+
+def test_layers_are_freed_from_the_head_down() -> None:
+    found = moved(fine_tuning())
+    # Two layers below the head: the upper one after a quarter of the budget, the lower after a half.
+    assert found["heads.longer.weight"] == 0
+    assert 512 <= found["torso.dense.0.weight"] < 512 + 128
+    assert 1024 <= found["adapters.vector_4.dense.weight"] < 1024 + 128
+    assert found["heads.source-cartpole.weight"] == -1  # the source's own head is nobody's to train here
+
+
+def test_head_only_trains_the_head() -> None:
+    found = moved(fine_tuning("head_only"))
+    assert {name for name, when in found.items() if when >= 0} == {"heads.longer.weight", "heads.longer.bias"}
+
+
+def test_head_only_trains_what_is_new_too() -> None:
+    layers = [["adapters.new.weight"], ["torso.dense.0.weight"], ["heads.longer.weight"]]
+    assert Schedule("head_only", layers, taken=["torso.dense.0.weight"]).frozen(0.9) == [
+        "torso.dense.0.weight"
+    ]
+
+
+def test_a_layers_pace_falls_with_its_depth() -> None:
+    layers = [["a.weight", "a.bias"], ["b.weight"], ["c.weight"]]
+    paces = layer_paces(layers, ["a.weight", "b.weight", "c.weight"], 0.5)
+    assert paces == {"c.weight": 1.0, "b.weight": 0.5, "a.weight": 0.25}
+
+
+def test_l2_sp_adds_the_gradient_of_its_penalty() -> None:
+    network, origin = taken("q_values")
+    parameters = FlatParameters(network, 1e-3)
+    start = {name: tensor.detach().clone() for name, tensor in network.named_parameters()}
+    penalty = StartingPoint(parameters, ["torso.dense.0.weight"], alpha=0.3)
+    with torch.no_grad():
+        parameters.values.add_(torch.randn(len(parameters.values)))
+    parameters.zero_gradient()
+    now = dict(network.named_parameters())["torso.dense.0.weight"].detach().clone().requires_grad_()
+    (0.15 * (now - start["torso.dense.0.weight"]).square().sum()).backward()  # alpha / 2 ||w - w_source||^2
+    penalty()
+    gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
+    torch.testing.assert_close(gradients["torso.dense.0.weight"], now.grad)
+    assert not any(gradients[name].any() for name in gradients if name != "torso.dense.0.weight")  # type: ignore[union-attr]
 
 
 def test_a_taken_policy_stands_still_while_its_critic_warms_up() -> None:
@@ -226,7 +200,7 @@ def test_what_was_frozen_starts_with_a_fresh_optimiser() -> None:
             break
     # The count grows while something is frozen, starts again from 0 once it is not, and goes on.
     drops = [now for last, now in itertools.pairwise(frozen_steps) if now < last]
-    assert drops == [0]
+    assert drops == [0, 0]  # when the first layer was freed, and when the second was
 
 
 def test_judged_at_the_start_and_at_even_points_to_the_end() -> None:
