@@ -26,6 +26,7 @@ from gymnasium.vector.utils import batch_space
 from stillhouse.envs.minatar_batched import ALL, GAMES, RandomStreams, Rows
 
 FLIPS = {"": (1, 1), "horizontal": (1, -1), "vertical": (-1, 1), "both": (-1, -1)}
+ACTIONS = ("none", "left", "up", "right", "down", "fire")
 
 
 def _whole_numbers(value: Any) -> bool:
@@ -68,16 +69,16 @@ class _View:
         if not isinstance(noise_plane, bool):
             raise ValueError(f"noise_plane must be true or false, not {noise_plane!r}")
         self.actions = np.asarray(rules.minimal_actions if use_minimal_action_set else range(6))
+        self.order = list(permute_planes) or list(range(channels))
         self.observation_space = gymnasium.spaces.Box(0, 1, (10, 10, channels + noise_plane), np.bool_)  # type: ignore[arg-type] # its stub knows float32 only
         self.action_space = gymnasium.spaces.Discrete(len(self.actions))
         # Where each cell shown is taken from, counted over the game's planes and the noise after them: one gather for all
         # options. -1 is nowhere.
-        order = list(permute_planes) or list(range(channels))
         plain = np.arange(100 * channels).reshape(10, 10, channels)
         rows, columns = FLIPS[flip]
         down, right = shift
         cells = np.full_like(plain, -1)
-        cells[_part(down), _part(right)] = plain[::rows, ::columns, order][_part(-down), _part(-right)]
+        cells[_part(down), _part(right)] = plain[::rows, ::columns, self.order][_part(-down), _part(-right)]
         if noise_plane:
             cells = np.concatenate([cells, 100 * channels + np.arange(100).reshape(10, 10, 1)], axis=2)
         self._cells = None if np.array_equal(cells, plain) else cells
@@ -154,6 +155,13 @@ class MinAtarEnv(gymnasium.Env[np.ndarray, np.int64]):
         self.game = _import_minatar().Environment(game, sticky_action_prob, difficulty_ramping)
         self.observation_space = self._view.observation_space
         self.action_space = self._view.action_space
+        channels = self.game.env.channels
+        names = sorted(channels, key=channels.__getitem__)
+        self.metadata = {
+            **self.metadata,
+            "observation_names": [*(names[plane] for plane in self._view.order), *["noise"] * noise_plane],
+            "action_names": [ACTIONS[action] for action in self._view.actions],
+        }
         self._noise = _Noise(1) if noise_plane else None
         self._seed_noise(int(np.random.default_rng().integers(2**32)))
 
