@@ -109,19 +109,6 @@ def test_minatar_single_follows_the_package(game: str) -> None:
             single.reset()
 
 
-def test_minatar_variants_show_the_same_game_differently() -> None:
-    plain, _ = make(EnvironmentConfig(id="MinAtar/Breakout-v0")).reset(seed=1)
-    flipped, _ = make(EnvironmentConfig(id="MinAtar/Breakout-v0", options={"flip": "horizontal"})).reset(
-        seed=1
-    )
-    permuted, _ = make(
-        EnvironmentConfig(id="MinAtar/Breakout-v0", options={"permutation": [3, 2, 1, 0]})
-    ).reset(seed=1)
-    np.testing.assert_array_equal(flipped, plain[:, ::-1])
-    np.testing.assert_array_equal(permuted, plain[:, :, ::-1])
-    assert not np.array_equal(flipped, plain)
-
-
 def test_default_physics_are_gymnasiums() -> None:
     ours, theirs = (
         make_vector(EnvironmentConfig(id="stillhouse/CartPole-v1"), 3),

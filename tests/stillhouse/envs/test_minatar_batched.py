@@ -1,4 +1,4 @@
-"""The batched games beside the package's own, with the same random numbers; streams, resets, variants, saved state."""
+"""The batched games beside the package's own, with the same random numbers; streams, resets, saved state."""
 
 from __future__ import annotations
 
@@ -515,28 +515,6 @@ def test_planes_once_returned_are_not_written_to() -> None:
     envs.reset(seed=5)
     for value, copy in zip((*stepped[:3], reset), (*kept, reset_kept), strict=True):
         np.testing.assert_array_equal(value, copy)
-
-
-@pytest.mark.parametrize("game", sorted(GAMES))
-def test_variants_show_the_same_game_differently(game: str) -> None:
-    channels = GAMES[game].channels
-    order = [*range(1, channels), 0]
-    plain = MinAtarVectorEnv(4, game)
-    variants: dict[str, tuple[MinAtarVectorEnv, Callable[[np.ndarray], np.ndarray]]] = {
-        "horizontal": (MinAtarVectorEnv(4, game, flip="horizontal"), lambda planes: planes[:, :, ::-1]),
-        "vertical": (MinAtarVectorEnv(4, game, flip="vertical"), lambda planes: planes[:, ::-1]),
-        "both": (MinAtarVectorEnv(4, game, flip="both"), lambda planes: planes[:, ::-1, ::-1]),
-        "permuted": (MinAtarVectorEnv(4, game, permutation=order), lambda planes: planes[..., order]),
-    }
-    observations, _ = plain.reset(seed=2)
-    for envs, change in variants.values():
-        np.testing.assert_array_equal(envs.reset(seed=2)[0], change(observations))
-    for actions in np.random.default_rng(7).integers(6, size=(50, 4)):
-        observations = plain.step(actions)[0]
-        for envs, change in variants.values():
-            shown = envs.step(actions)[0]
-            np.testing.assert_array_equal(shown, change(observations))
-            assert shown.flags.c_contiguous and shown.dtype == np.bool_
 
 
 @pytest.mark.parametrize("game", sorted(GAMES))
