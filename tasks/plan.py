@@ -50,7 +50,7 @@ _TEACHER = ("algorithm", "network", "critic", "gamma", "n_step", "reward_scale")
 SPEEDS = {"dqn": 2_500.0, "pqn": 20_000.0, "ppo": 15_000.0}
 COSTS = {"progressive_2": 2.0, "progressive_random": 2.0, "progressive_3": 3.0, "rehearsal": 1.5}
 
-# Ways of transfer that take a head, and fit one where the source's gives no Q-values.
+# Ways of transfer that train what they take, head and all, and fit a head where the source's gives no Q-values.
 FITTED = ("auto", "discriminative", "full", "gradual", "head_only", "l2_sp", "rehearsal")
 
 
@@ -204,12 +204,14 @@ def stages_of(params: Params) -> list[Stage]:
                 read = transfer.sources
             else:
                 read = [entries.get(one, transfer.sources[0])]
-            # Whose play is measured, or shown: of a student's environments all that it knows.
+            # Environments where what is left of a source is measured, or whose components are the target's.
             known = {
                 environment
                 for entry in read
-                for environment in _environments(params, entry)
-                if mode not in ("scratch", "progressive_random") or environment == _of_head(params, entry)
+                for environment in (
+                    _environments(params, entry) if mode in FITTED else [_of_head(params, entry)]
+                )
+                if environment and mode != "scratch"
             }
             for seed in seeds:
                 base = f"data/transfer/{transfer_stem(name, mode, one, seed)}"

@@ -78,14 +78,19 @@ class Lateral(nn.Module):
         super().__init__()
         self.positions = positions
         self.scales = nn.Parameter(torch.full((len(widths),), scale))
-        self.adapter = nn.Conv1d(sum(widths), outputs, 1)
+        self.adapter = nn.Linear(sum(widths), outputs)
 
     def forward(self, activations: list[Tensor]) -> Tensor:
         scaled = [
             part.unflatten(1, (-1, self.positions)) * scale
             for part, scale in zip(activations, self.scales, strict=True)
         ]
-        return functional.relu(self.adapter(torch.cat(scaled, 1))).flatten(1)
+        read = torch.cat(scaled, 1)
+        if self.positions == 1:
+            return functional.relu(self.adapter(read.squeeze(2)))
+        # A 1x1 convolution, written as the product that it is.
+        maps = self.adapter.weight @ read + self.adapter.bias.unsqueeze(1)
+        return functional.relu(maps).flatten(1)
 
 
 class ProgressiveNetwork(MultiTaskNetwork):

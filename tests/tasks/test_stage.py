@@ -88,7 +88,10 @@ def test_stage_names_never_collide():
     seen += [stage_name("train_teacher", name, seed=seed) for name in names for seed in (0, 10)]
     seen += [stage_name("report"), stage_name("digest_code")]
     assert len(set(seen)) == len(seen)
-    assert stage_name("fine_tune", "cartpole-long", "full", "small", 0) == "fine_tune-cartpole-long-full-small-s0"
+    assert (
+        stage_name("fine_tune", "cartpole-long", "full", "small", 0)
+        == "fine_tune-cartpole-long-full-small-s0"
+    )
     assert stage_name("train_teacher", "minatar-breakout", seed=0) == "train_teacher-minatar-breakout-s0"
 
 
