@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 DVC_LOCK = Path("dvc.lock")
 STUDIES = Path("benchmarks/results/policy_distillation")  # of the committed results, one file each
+TRANSFER = Path("benchmarks/results/transfer")  # the same of transfer, by suite
 # Other benchmarks whose tables stand on the page of published results.
 MEASURED = ("distillation", "on_policy", "peers", "ppo", "pqn", "simulators")
 DVC_HEADER = "# generated: edit params/ and run `stillhouse plan`\n"
@@ -319,12 +320,14 @@ def stages_of(params: Params) -> list[Stage]:
         studies = sorted(map(str, STUDIES.glob("*.json")))
         measured = [str(path) for name in MEASURED if (path := STUDIES.parent / f"{name}.md").is_file()]
         curves = ["docs/results/online-distillation.svg"] if str(STUDIES / "online.json") in studies else []
+        moved = sorted(map(str, TRANSFER.glob("*.json")))
+        pages = ["docs/results/transfer.md"] if moved else []
         stages.append(
             Stage(
                 name="publish_results",
                 argv=python("publish_results"),
-                deps=[code("publish_results"), *studies, *measured],
-                in_git=["docs/results/policy-distillation.md", *curves],
+                deps=[code("publish_results"), *studies, *moved, *measured],
+                in_git=["docs/results/policy-distillation.md", *curves, *pages],
                 cost=3.0,
             )
         )

@@ -1,13 +1,15 @@
-"""Stage: the page ``docs/results/policy-distillation.md``, from the score matrices that are committed as JSON.
+"""Stage: the pages ``docs/results/policy-distillation.md`` and ``transfer.md``, from the results that are committed as JSON.
 
 Trains nothing. A study that was not run leaves one line.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from stillhouse.files import write_atomic
+from tasks import transfer_page
 from tasks.results_page import ONLINE_CURVE, online_curve, render
 from tasks.stage import StageContext, main
 from tasks.studies import FOLDER, read_study
@@ -16,13 +18,16 @@ PAGE = Path("docs/results/policy-distillation.md")
 
 
 def publish_results(context: StageContext) -> None:
-    """Score matrices, and what other benchmarks have measured, to the page; the online study to its curve."""
+    """Score matrices, and what other benchmarks have measured, to their page; the online study to its curve; transfer to its page."""
     paths = [Path(dep) for dep in sorted(context.deps)]
     studies = {path.stem: read_study(path) for path in paths if path.parent == FOLDER}
     measured = {path.stem: path.read_text() for path in paths if path.parent == FOLDER.parent}
     write_atomic(PAGE, render(studies, measured))
     if "online" in studies:
         write_atomic(ONLINE_CURVE, online_curve(studies["online"]))
+    moved = {path.stem: json.loads(path.read_text()) for path in paths if path.parent == transfer_page.FOLDER}
+    if moved:
+        write_atomic(transfer_page.PAGE, transfer_page.render(moved))
 
 
 if __name__ == "__main__":

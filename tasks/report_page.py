@@ -17,7 +17,7 @@ from tasks import charts
 from tasks.results import Results, Run, StudentSummary, Summary, TransferRow, experience
 
 METHODS = {"offline": "offline", "on_policy": "on-policy", "online": "online"}
-MODE_COLOURS = {"full": "student", "frozen": "green", "scratch": "grey"}
+WAY_COLOURS = ("student", "teacher", "green", "violet", "gold", "rose", "sky")
 _FEW = (
     "no",
     "one",
@@ -449,10 +449,11 @@ def _transfer_section(results: Results, summary: Summary) -> str:
     cards = []
     for target, rows in summary.transfer.items():
         settings = results.settings["fine_tune"][target]
+        colours = _way_colours(list(results.transfer[target]))
         lines = []
-        for mode, runs in results.transfer[target].items():
+        for way, runs in results.transfer[target].items():
             curves = [(run["curve"]["env_steps"], run["curve"]["mean_return"]) for run in runs.values()]
-            lines.append(charts.Line(mode, MODE_COLOURS[mode], curves))
+            lines.append(charts.Line(way, colours[way], curves))
         random = float(
             np.mean(
                 [run["random_return"] for runs in results.transfer[target].values() for run in runs.values()]
@@ -460,27 +461,71 @@ def _transfer_section(results: Results, summary: Summary) -> str:
         )
         chart = charts.chart(
             lines,
-            "Return of greedy play while fine-tuning",
+            "Return of greedy play on the target",
             "env steps",
             [("random", random)],
-            size=(470, 280),
+            size=(470, 280 + 14 * max(0, len(lines) - 6)),
         )
-        source = settings.get("source") or ""
-        what = f"same spaces as {escape(source)}" if source else "other spaces: new adapter and head"
+        sources = ", ".join(f"<code>{escape(entry)}</code>" for entry in settings["sources"])
         cards.append(
             f'<article><h3>{escape(target)} <span class="id">{escape(results.ids[target])}</span></h3>'
-            f'<p class="lead small">Student <code>{escape(settings["student"])}</code> · {what}</p>'
-            f'<div class="pair">{chart}<div>{_transfer_table(rows)}{_tensors(results.transfer[target])}</div></div>'
+            f'<p class="lead small">From {sources}</p>'
+            f'<div class="pair">{chart}<div>{_transfer_table(rows, colours)}{_tensors(results.transfer[target])}</div></div>'
             "</article>"
         )
     lead = (
-        "The student’s network moved to environments it never saw, against the same network from scratch with the same "
-        "budget of env steps. The teachers’ own training and collection (above) come on top."
+        "What was learnt before, moved to environments it was not learnt in, against the same network from scratch with the same "
+        "budget of env steps. The sources’ own training and collection (above) come on top."
     )
-    return _section("Transfer", lead, f'<div class="cards">{"".join(cards)}</div>', "transfer")
+    content = f'{_heat_map(summary)}<div class="cards">{"".join(cards)}</div>'
+    return _section("Transfer", lead, content, "transfer")
 
 
-def _transfer_table(rows: list[TransferRow]) -> str:
+def _way_colours(ways: list[str]) -> dict[str, str]:
+    """A colour for each way; the seven return where there are more."""
+    others = [way for way in ways if way != "scratch"]
+    return {way: WAY_COLOURS[i % len(WAY_COLOURS)] for i, way in enumerate(others)} | {"scratch": "grey"}
+
+
+def _heat_map(summary: Summary) -> str:
+    """Every way and source on every target: the transfer score, warm where it harms, cold where it helps."""
+    found = {
+        (row.mode, target): row
+        for target, rows in summary.transfer.items()
+        for row in rows
+        if row.mode != "scratch" and row.score is not None
+    }
+    ways, targets = sorted({way for way, _ in found}), list(summary.transfer)
+    if len(found) < 2:
+        return ""
+    body = []
+    for way in ways:
+        cells = "".join(_heat_cell(found.get((way, target))) for target in targets)
+        body.append(f'<tr><th scope="row">{escape(way)}</th>{cells}</tr>')
+    return _table(
+        ["Way and source", *map(escape, targets)],
+        body,
+        "Transfer score: the area under the curve above random play, over scratch’s; below 1, what was carried over did harm. "
+        "Δ: scratch is not above random play there, so areas are subtracted.",
+    )
+
+
+def _heat_cell(row: TransferRow | None) -> str:
+    if row is None or row.score is None:
+        return '<td class="num">–</td>'
+    ratio = row.score_kind == "ratio"
+    value = row.score.value
+    # A ratio of 2 and one of 1/2 are as far from 1.
+    strength = min(1.0, abs(math.log2(max(value, 0.25)))) if ratio else 0.0
+    colour = "student" if value > 1 else "teacher"
+    shown = charts.score(value) if ratio else f"Δ {charts.signed(value)}"
+    return (
+        f'<td class="num heat" style="background:color-mix(in srgb,var(--{colour}) {round(55 * strength)}%,transparent)">'
+        f"{shown}</td>"
+    )
+
+
+def _transfer_table(rows: list[TransferRow], colours: Mapping[str, str]) -> str:
     body = []
     kinds = {row.score_kind for row in rows if row.score is not None and row.mode != "scratch"}
     for row in rows:
@@ -489,7 +534,7 @@ def _transfer_table(rows: list[TransferRow]) -> str:
             steps = '<td class="num">–</td>'
         else:
             steps = _steps_cell(row.steps_to_scratch)
-        head = f'<th scope="row"><span class="f-{MODE_COLOURS[row.mode]}">{row.mode}</span></th>'
+        head = f'<th scope="row"><span class="f-{colours[row.mode]}">{escape(row.mode)}</span></th>'
         dash = '<td class="num">–</td>'
         body.append(
             f"<tr>{head}"
@@ -502,17 +547,24 @@ def _transfer_table(rows: list[TransferRow]) -> str:
             )
             + steps
             + _cell(row.final)
+            + (_cell(row.retention, charts.score) if any(other.retention for other in rows) else "")
             + "</tr>"
         )
     measure = "Area ratio" if kinds <= {"ratio"} else "Area difference"
     return _table(
-        ["", "Jumpstart", "Area", measure, "Env steps to match", "Final"],
+        ["", "Jumpstart", "Area", measure, "Env steps to match", "Final"]
+        + (["Retention"] if any(row.retention for row in rows) else []),
         body,
         "Area: mean return over the budget. To match: until scratch’s final return, median over seeds. "
         + (
             "Ratio: transfer’s area above random play, over scratch’s."
             if kinds <= {"ratio"}
             else "Scratch is not above random play, so areas are subtracted."
+        )
+        + (
+            " Retention: the score left in the source’s environments, before is 1."
+            if any(row.retention for row in rows)
+            else ""
         ),
     )
 
@@ -536,12 +588,15 @@ def _tensors(modes: dict[str, dict[int, Run]]) -> str:
         tensors = next(iter(runs.values())).get("tensors")
         if mode == "scratch" or not tensors:
             continue
-        counts = " · ".join(f"{len(tensors[kind])} {kind}" for kind in ("kept", "sliced", "new"))
+        kinds = [kind for kind in tensors if tensors[kind]]
+        counts = " · ".join(f"{len(tensors[kind])} {kind}" for kind in kinds)
         lists = "".join(
-            f"<dt>{kind}</dt><dd>{' '.join(f'<code>{escape(name)}</code>' for name in tensors[kind]) or 'none'}</dd>"
-            for kind in ("kept", "sliced", "new")
+            f"<dt>{kind}</dt><dd>{' '.join(f'<code>{escape(name)}</code>' for name in tensors[kind])}</dd>"
+            for kind in kinds
         )
-        items.append(f"<details><summary>Tensors, {mode}: {counts}</summary><dl>{lists}</dl></details>")
+        items.append(
+            f"<details><summary>Tensors, {escape(mode)}: {counts}</summary><dl>{lists}</dl></details>"
+        )
     return "".join(items)
 
 
@@ -567,9 +622,11 @@ def _method_section(results: Results) -> str:
 
 STYLE = """
 :root{--paper:#fbfaf8;--card:#fff;--ink:#1d2127;--soft:#5d646e;--faint:#8b929c;--line:#e6e3dd;--grid:#eceae5;
---student:#0b65a8;--teacher:#b4532a;--green:#0b7d63;--grey:#6d737c;--wash:#f3f0ea}
+--student:#0b65a8;--teacher:#b4532a;--green:#0b7d63;--grey:#6d737c;--wash:#f3f0ea;
+--violet:#7346b0;--gold:#94700a;--rose:#b83270;--sky:#1a8fb5}
 @media (prefers-color-scheme:dark){:root{--paper:#14171b;--card:#1a1e23;--ink:#e8e6e1;--soft:#a6adb7;--faint:#7c848f;
---line:#2b3138;--grid:#252a31;--student:#5fb0ea;--teacher:#e59468;--green:#4cc3a2;--grey:#9aa2ac;--wash:#20252b}}
+--line:#2b3138;--grid:#252a31;--student:#5fb0ea;--teacher:#e59468;--green:#4cc3a2;--grey:#9aa2ac;--wash:#20252b;
+--violet:#b494ea;--gold:#d9b44a;--rose:#ee8ab5;--sky:#6fd0ee}}
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%}
 body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 ui-sans-serif,system-ui,-apple-system,"Segoe UI",
@@ -623,6 +680,10 @@ svg .label{font-size:11.5px;font-weight:600}svg .rule-label{fill:var(--faint);fo
 svg path{fill:none}.grid{stroke:var(--grid)}.rule{stroke:var(--faint);stroke-dasharray:3 4}
 .run{stroke-width:1;opacity:.4}.mean{stroke-width:2.2;stroke-linejoin:round;stroke-linecap:round}
 .c-student{stroke:var(--student)}.c-teacher{stroke:var(--teacher)}.c-green{stroke:var(--green)}.c-grey{stroke:var(--grey)}
+.c-violet{stroke:var(--violet)}.c-gold{stroke:var(--gold)}.c-rose{stroke:var(--rose)}.c-sky{stroke:var(--sky)}
+svg .f-violet{fill:var(--violet)}svg .f-gold{fill:var(--gold)}svg .f-rose{fill:var(--rose)}svg .f-sky{fill:var(--sky)}
+.f-violet{color:var(--violet)}.f-gold{color:var(--gold)}.f-rose{color:var(--rose)}.f-sky{color:var(--sky)}
+.f-teacher{color:var(--teacher)}.heat{border-left:1px solid var(--paper)}
 svg .f-student{fill:var(--student)}svg .f-teacher{fill:var(--teacher)}svg .f-green{fill:var(--green)}
 svg .f-grey{fill:var(--grey)}
 .f-student{color:var(--student)}.f-green{color:var(--green)}.f-grey{color:var(--grey)}
