@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from stillhouse.networks.adapters import PlanesAdapter
+from stillhouse.networks.adapters import ConvolutionalAdapter, PlanesConvolution
 from stillhouse.networks.multi_task import (
     NetworkSize,
     NetworkSpec,
@@ -54,14 +54,15 @@ def test_every_observation_kind(observation: ObservationSpec, layer_norm: bool) 
 
 
 def test_a_convolution_sees_planes_the_same_whichever_way_they_lie() -> None:
-    last = PlanesAdapter(ObservationSpec(kind="planes", shape=(10, 10, 4)), 6, 8, layer_norm=True)
-    first = PlanesAdapter(
+    last = ConvolutionalAdapter(ObservationSpec(kind="planes", shape=(10, 10, 4)), 6, 8, layer_norm=True)
+    first = ConvolutionalAdapter(
         ObservationSpec(kind="planes", shape=(4, 10, 10), channels_first=True), 6, 8, layer_norm=True
     )
     first.load_state_dict(last.state_dict())
     planes = observe(ObservationSpec(kind="planes", shape=(10, 10, 4)), 3)
     torch.testing.assert_close(last(planes), first(planes.permute(0, 3, 1, 2)))
     # By hand: the kernel over the 3x3 corner; then each sample's maps normalised together.
+    assert isinstance(last.first, PlanesConvolution)
     convolution = last.first.convolution
     maps = convolution(planes.permute(0, 3, 1, 2).float())
     assert convolution.bias is not None
@@ -74,8 +75,9 @@ def test_a_convolution_sees_planes_the_same_whichever_way_they_lie() -> None:
 
 
 def test_the_convolutions_gradient_is_autograds() -> None:
-    adapter = PlanesAdapter(ObservationSpec(kind="planes", shape=(6, 5, 3)), 4, 8, layer_norm=False)
+    adapter = ConvolutionalAdapter(ObservationSpec(kind="planes", shape=(6, 5, 3)), 4, 8, layer_norm=False)
     planes = observe(ObservationSpec(kind="planes", shape=(6, 5, 3)), 7)
+    assert isinstance(adapter.first, PlanesConvolution)
     convolution = adapter.first.convolution
     assert convolution.bias is not None
     adapter.first(planes).square().sum().backward()
@@ -158,23 +160,132 @@ def test_flat_step_equals_torchs_adam_with_clipping() -> None:
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
 
 
+def step(flat: FlatParameters, network: torch.nn.Module) -> None:
+    flat.zero_gradient()
+    network(torch.ones(2, 3)).square().sum().backward()
+    flat.step(0.01)
+
+
 def test_frozen_parameters_do_not_move_until_unfrozen() -> None:
     network = small()
     flat = FlatParameters(network, 0.01)
     before = copy.deepcopy(network.state_dict())
-    assert flat.freeze(["0."]) == ["0.weight", "0.bias"]
-
-    def step() -> None:
-        flat.zero_gradient()
-        network(torch.ones(2, 3)).sum().backward()
-        flat.step(0.01)
-
-    step()
-    assert torch.equal(network.state_dict()["0.weight"], before["0.weight"])
+    flat.freeze(["0.weight", "0.bias"])
+    for _ in range(3):
+        step(flat, network)
+    for name in ("0.weight", "0.bias"):
+        assert torch.equal(network.state_dict()[name], before[name])
     assert not torch.equal(network.state_dict()["2.weight"], before["2.weight"])
-    flat.unfreeze()
-    step()
+    flat.freeze([])
+    step(flat, network)
     assert not torch.equal(network.state_dict()["0.weight"], before["0.weight"])
+
+
+def test_the_optimiser_starts_afresh_only_where_something_is_freed() -> None:
+    network = small()
+    flat = FlatParameters(network, 0.01)
+    for names, steps in (
+        (["0.weight"], 1),
+        (["0.weight"], 2),  # the same once more
+        (["0.weight", "0.bias"], 3),  # more is frozen, nothing freed
+        (["0.weight", "2.bias"], 1),  # 0.bias is freed
+        ([], 1),
+        ([], 2),
+    ):
+        flat.freeze(names)
+        step(flat, network)
+        assert flat.get_state()["step"] == steps, names
+    with pytest.raises(KeyError):
+        flat.freeze(["0."])
+
+
+def test_a_frozen_gradient_takes_no_part_in_the_clipping() -> None:
+    network = small()
+    flat = FlatParameters(network, 0.01)
+    flat.freeze(["0.weight"])
+    flat.gradient.fill_(1e-6)
+    flat.gradient[flat.slices["0.weight"]] = 1e9
+    flat.step(0.01, max_gradient_norm=1.0)
+    assert not flat.gradient[flat.slices["0.weight"]].any()
+    assert (flat.gradient[flat.slices["2.bias"]] == 1e-6).all()
+
+
+def test_a_pace_scales_each_step_of_its_parameters_and_no_others() -> None:
+    networks = small(), small()
+    plain, paced = (FlatParameters(network, 0.01) for network in networks)
+    paced.set_pace({"0.weight": 0.25, "0.bias": 0.0})
+    start = plain.values.data.clone()
+    step(plain, networks[0])
+    step(paced, networks[1])
+    whole, part = plain.values.data - start, paced.values.data - start
+    factors = {"0.weight": 0.25, "0.bias": 0.0, "2.weight": 1.0, "2.bias": 1.0}
+    for name, factor in factors.items():
+        where = plain.slices[name]
+        torch.testing.assert_close(part[where], factor * whole[where], rtol=1e-4, atol=1e-7)
+    where = plain.slices["2.weight"]
+    assert torch.equal(paced.values.data[where], plain.values.data[where])  # to the bit
+    assert whole.any()
+
+
+def test_penalties_are_added_before_the_gradient_is_clipped() -> None:
+    network = small()
+    flat = FlatParameters(network, 0.01)
+    flat.zero_gradient()
+    flat.penalties.append(lambda: flat.gradient.add_(3.0))
+    flat.penalties.append(lambda: flat.gradient.add_(1.0))
+    flat.step(0.01, max_gradient_norm=0.5)
+    wanted = torch.full_like(flat.gradient, 0.5 / len(flat.gradient) ** 0.5)
+    torch.testing.assert_close(flat.gradient, wanted, rtol=1e-4, atol=0)
+
+
+def test_what_wants_no_gradient_is_no_part_of_the_flat_parameters() -> None:
+    network = small()
+    network[0].requires_grad_(False)  # type: ignore[index]
+    flat = FlatParameters(network, 0.01)
+    assert set(flat.slices) == {"2.weight", "2.bias"}
+    before = network.state_dict()["0.weight"].clone()
+    step(flat, network)
+    assert torch.equal(network.state_dict()["0.weight"], before)
+
+
+def test_an_environments_way_layer_by_layer() -> None:
+    environments = {
+        name: EnvironmentSpec(observation=OBSERVATIONS[index], actions=3)
+        for name, index in (("vector", 0), ("planes", 2), ("image", 5))
+    }
+    for shared in (False, True):
+        size = NetworkSize(conv_channels=4, features=8, torso=(6, 5), layer_norm=True, share_planes=shared)
+        network = build_network(NetworkSpec(size=size, environments=environments, output="q_values"), 0)
+        forms: dict[str, list[tuple[int, int]]] = {
+            "vector": [],
+            "planes": [(4, 8 * 8)],  # 3x3 over 10x10
+            "image": [(8, 7 * 7)],  # the three convolutions over 84x84
+        }
+        for name, first in forms.items():
+            assert network.layer_forms(name) == [*first, (8, 1), (6, 1), (5, 1)]
+            hidden = observe(environments[name].observation)
+            widths = []
+            for layer in network.layers(name):
+                hidden = layer(hidden)
+                widths.append(hidden.shape[1])
+            assert widths == [maps * positions for maps, positions in network.layer_forms(name)]
+            torch.testing.assert_close(
+                hidden, network.features(observe(environments[name].observation), name)
+            )
+            # By the names: exactly what is on the way has a gradient, each tensor in one layer.
+            network.zero_grad()
+            network(observe(environments[name].observation), name).square().sum().backward()
+            way = {key for key, parameter in network.named_parameters() if parameter.grad is not None}
+            names = network.layer_names(name)
+            assert len(names) == len(widths) + 1
+            assert sorted(way) == sorted(key for layer_names in names for key in layer_names)
+            assert names[-1] == [f"heads.{name}.weight", f"heads.{name}.bias"]
+            assert names[-2] == [
+                "torso.dense.1.weight",
+                "torso.dense.1.bias",
+                "torso.norm.1.weight",
+                "torso.norm.1.bias",
+            ]
 
 
 def test_a_shared_head_masks_the_actions_that_an_environment_lacks() -> None:

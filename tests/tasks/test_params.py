@@ -109,7 +109,7 @@ def test_the_written_parameters_are_complete_and_the_same():
         (["seeds=[1, 1]"], ["seeds"]),
         (["budget=0"], ["budget", "0"]),
         (["distill_student.environments=[pong]"], ["pong", "environment with a teacher"]),
-        (["fine_tune.cartpole-long.student=smal"], ["smal", "did you mean", "small"]),
+        (["fine_tune.cartpole-long.sources=[smal]"], ["smal", "did you mean", "small"]),
         (
             ["collect_dataset.breakout.from_replay=true"],
             ["collect_dataset.breakout.from_replay", "dqn", "pqn"],
@@ -155,7 +155,7 @@ def test_names_are_slugs(name):
         ("environments.cartpole.module=no_such_module", ["no_such_module"]),
         ("environments.cartpole.module=os", ["environments.cartpole.module", "params/modules.txt"]),
         ("environments.cartpole.options={gravity: 3}", ["CartPole-v1", "gravity"]),
-        ("fine_tune.cartpole-long.source=breakout", ["cartpole-long", "breakout", "other observations"]),
+        ("fine_tune.cartpole-long.sources=[breakout]", ["cartpole-long", "planes", "vector", "different kinds"]),
     ],
 )
 def test_environments_are_checked_before_any_work(override, words):

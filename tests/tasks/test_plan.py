@@ -71,13 +71,13 @@ def test_exact_inputs(project):
         "data/datasets/breakout-s1",
         "data/datasets/cartpole-s1",
     ]
-    assert stages["fine_tune-cartpole-long-full-s0"].deps == [
+    assert stages["fine_tune-cartpole-long-full-small-s0"].deps == [
         "data/code/fine_tune-dqn.json",
         "data/students/small-s0",
         "data/datasets/cartpole-s0",
     ]
     assert "data/datasets/cartpole-s0" not in stages["fine_tune-cartpole-long-scratch-s0"].deps
-    assert "data/datasets/breakout-s0" not in stages["fine_tune-space-invaders-full-s0"].deps
+    assert "data/datasets/breakout-s0" not in stages["fine_tune-space-invaders-full-small-s0"].deps
     assert "data/students/small-s0" in stages["evaluate-acrobot-s0"].deps
     assert stages["train_teacher-cartpole-s0"].params == ["environments.cartpole", "train_teacher.cartpole"]
 

@@ -83,9 +83,9 @@ def test_every_transition_bootstraps_from_where_it_really_led(
         seen.append(arguments)
         return original(*arguments)
 
-    def update(minibatch: tuple[torch.Tensor, ...], learning_rate: float) -> Any:
+    def update(minibatch: tuple[torch.Tensor, ...], learning_rate: float, guided: float) -> Any:
         learned.append(minibatch[0])
-        return original_update(minibatch, learning_rate)
+        return original_update(minibatch, learning_rate, guided)
 
     original, original_update = ppo.generalized_advantages, agent._update
     monkeypatch.setattr(ppo, "generalized_advantages", record)
