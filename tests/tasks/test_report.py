@@ -194,30 +194,33 @@ def test_capped_episodes_are_said(tmp_path: Path) -> None:
 
 def test_transfer_numbers(tmp_path: Path) -> None:
     blocks = report_fixture.write(tmp_path, 1)
-    for mode, (start, end) in {"full": (10.0, 30.0), "frozen": (10.0, 10.0), "scratch": (0.0, 20.0)}.items():
-        stem = f"data/transfer/cartpole-long-{mode}-s0"
+    heights = {"full-small": (10.0, 30.0), "gradual-small": (10.0, 10.0), "scratch": (0.0, 20.0)}
+    for way, (start, end) in heights.items():
+        stem = f"data/transfer/cartpole-long-{way}-s0"
         (tmp_path / f"{stem}.csv").write_text(f"env_steps,mean_return\n0,{start}\n100,{end}\n")
         edit(tmp_path, f"{stem}.json", initial_return=start, final_return=end, random_return=0.0)
     results = gather(blocks, tmp_path)
     summary = summarise(results)
-    full, frozen, scratch = summary.transfer["cartpole-long"]
-    assert (full.mode, frozen.mode, scratch.mode) == ("full", "frozen", "scratch")
+    full, gradual, scratch = summary.transfer["cartpole-long"]
+    assert (full.mode, gradual.mode, scratch.mode) == tuple(heights)
     assert full.jumpstart is not None
     assert full.score is not None
     assert (full.jumpstart.value, full.area.value, full.score.value, full.score_kind) == (10, 20, 2, "ratio")
     assert full.steps_to_scratch == [50]
-    assert frozen.steps_to_scratch == [math.inf]
+    assert gradual.steps_to_scratch == [math.inf]
     numbers = metrics(results, summary)["transfer"]["cartpole-long"]
-    assert numbers["full"]["env_steps_to_scratch"] == {"s0": 50}
-    assert numbers["frozen"]["env_steps_to_scratch"] == {"s0": None}
+    assert full.retention is not None and scratch.retention is None
+    assert full.retention.value == pytest.approx(0.75)  # half in one of the source's environments, all in the other
+    assert numbers["full-small"]["env_steps_to_scratch"] == {"s0": 50}
+    assert numbers["gradual-small"]["env_steps_to_scratch"] == {"s0": None}
     assert "never" in render(results, summary)
 
 
 def test_areas_are_subtracted_for_all_seeds_where_one_scratch_stays_at_random(tmp_path: Path) -> None:
     blocks = report_fixture.write(tmp_path, 2)
     for seed, scratch in ((0, 0.0), (1, 10.0)):
-        for mode, height in (("full", 20.0), ("scratch", scratch)):
-            stem = f"data/transfer/cartpole-long-{mode}-s{seed}"
+        for way, height in (("full-small", 20.0), ("scratch", scratch)):
+            stem = f"data/transfer/cartpole-long-{way}-s{seed}"
             (tmp_path / f"{stem}.csv").write_text(f"env_steps,mean_return\n0,{height}\n100,{height}\n")
             edit(tmp_path, f"{stem}.json", random_return=0.0)
     results = gather(blocks, tmp_path)
@@ -230,8 +233,8 @@ def test_areas_are_subtracted_for_all_seeds_where_one_scratch_stays_at_random(tm
 
 def test_the_tensor_report_stands_in_the_page(results: Results) -> None:
     text = table_text(render(results, summarise(results)))
-    assert "Tensors, full: 2 kept · 0 sliced · 3 new" in text
-    assert "adapters.planes_10x10x6.convolution.weight" in text
+    assert "Tensors, full-small: 2 copied · 3 new" in text
+    assert "adapters.planes_10x10x6.first.convolution.weight" in text
 
 
 def test_metrics_are_finite_json(results: Results) -> None:
