@@ -226,7 +226,7 @@ def _transfer(results: Results, target: str) -> list[TransferRow]:
                 else None,
                 score_kind="ratio" if ratio else "difference",
                 steps_to_scratch=[pair.steps_to_scratch for pair in pairs],
-                retention=_over_seeds(kept) if kept and np.isfinite(kept).all() else None,
+                retention=_over_seeds(kept) if len(kept) == len(runs) and np.isfinite(kept).all() else None,
             )
         )
     return rows

@@ -216,6 +216,17 @@ def test_transfer_numbers(tmp_path: Path) -> None:
     assert "never" in render(results, summary)
 
 
+def test_retention_is_told_where_every_seed_has_it(tmp_path: Path) -> None:
+    blocks = report_fixture.write(tmp_path, 2)
+    # `auto` may choose a source with one seed and scratch, which has nothing to forget, with another.
+    edit(tmp_path, "data/transfer/cartpole-long-full-small-s1.json", retention=None)
+    results = gather(blocks, tmp_path)
+    full, gradual, _ = summarise(results).transfer["cartpole-long"]
+    assert full.retention is None
+    assert gradual.retention is not None and gradual.retention.points == (0.75, 0.75)
+    json.dumps(metrics(results, summarise(results)), allow_nan=False)
+
+
 def test_areas_are_subtracted_for_all_seeds_where_one_scratch_stays_at_random(tmp_path: Path) -> None:
     blocks = report_fixture.write(tmp_path, 2)
     for seed, scratch in ((0, 0.0), (1, 10.0)):
