@@ -9,7 +9,8 @@ head, where the source's outputs are what the learner's are. A mapping says, for
 
 so that before any training the target's network does on the components and actions that both have what the source's does. The
 source's own heads, and adapters that the target does not share, come along: the network can still act in the environments it was
-taken from, which is how retention is measured, and rehearsed.
+taken from, which is how retention is measured, and rehearsed. Left out is an environment whose adapter the target shares and takes in
+part only: its way would be another.
 
 A policy-gradient learner takes a KL or NLL student's logits as they are. For a value-based learner such a student's outputs
 are no Q-values: bootstrapping from them destroys the network, so a fresh Q head is fitted to a source dataset's Q-values first
@@ -31,7 +32,13 @@ from stillhouse.agents import fresh_network
 from stillhouse.config import near
 from stillhouse.errors import StillhouseError
 from stillhouse.networks.adapters import has_planes, height_width_channels
-from stillhouse.networks.multi_task import SHARED_HEAD, MultiTaskNetwork, NetworkSpec, build_network
+from stillhouse.networks.multi_task import (
+    SHARED_HEAD,
+    MultiTaskNetwork,
+    NetworkSize,
+    NetworkSpec,
+    build_network,
+)
 from stillhouse.types import EnvironmentSpec, ObservationSpec, OutputKind
 
 Declared = Literal["same", "index", "name"] | Mapping[str, str]
@@ -75,6 +82,14 @@ class Correspondence:
     components: tuple[int, ...] | None
     actions: tuple[int, ...] | None
 
+    @property
+    def one_to_one(self) -> bool:
+        """Whether each of the target's components and actions is one of the source's, and no two are the same."""
+        return all(
+            numbers is not None and min(numbers) >= 0 and len(set(numbers)) == len(numbers)
+            for numbers in (self.components, self.actions)
+        )
+
 
 @dataclass(frozen=True)
 class TensorReport:
@@ -112,16 +127,26 @@ def channel_axis(observation: ObservationSpec) -> int:
     return -3 if observation.channels_first else -1
 
 
-def show(observations: Tensor, numbers: Sequence[int], axis: int) -> Tensor:
-    """Observations of other components: of each the number among the given, -1 for zeros, along ``axis``."""
-    if list(numbers) == list(range(observations.shape[axis])):
+def show(
+    observations: Tensor, numbers: Sequence[int], given: ObservationSpec, wanted: ObservationSpec
+) -> Tensor:
+    """Raw observations [B, ...] of one kind as another environment would give them.
+
+    Args:
+        observations: those that there are.
+        numbers: for each component that is wanted the given one's number, -1 for zeros.
+        given, wanted: what the observations are, and are to be; discrete ones are one value, and stay as they are.
+    """
+    if given.kind == "discrete":
         return observations
-    chosen = torch.tensor([max(0, number) for number in numbers], device=observations.device)
-    shown = observations.index_select(axis, chosen)
-    for index, number in enumerate(numbers):
-        if number < 0:
-            shown.select(axis, index).zero_()
-    return shown
+    axis = channel_axis(given)
+    if list(numbers) != list(range(observations.shape[axis])):
+        chosen = torch.tensor([max(0, number) for number in numbers], device=observations.device)
+        observations = observations.index_select(axis, chosen)
+        for index, number in enumerate(numbers):
+            if number < 0:
+                observations.select(axis, index).zero_()
+    return observations.movedim(axis, channel_axis(wanted))
 
 
 def correspond(
@@ -192,13 +217,14 @@ def _mapped(
                 f"{where}: name was given, but the {which}'s have no names; declare them in the environment's metadata, or "
                 "map them by index"
             )
-        return tuple(source.index(name) if name in source else -1 for name in target)
-    found = [-1] * own
-    for mine, yours in declared.items():
-        found[_number(mine, own, target, f"{where}: the target")] = _number(
-            yours, theirs, source, f"{where}: the source"
-        )
-    return tuple(found)
+        found = [source.index(name) if name in source else -1 for name in target]
+    else:
+        found = [-1] * own
+        for mine, yours in declared.items():
+            found[_number(mine, own, target, f"{where}: the target")] = _number(
+                yours, theirs, source, f"{where}: the source"
+            )
+    return tuple(found) if max(found) >= 0 else None
 
 
 def _number(given: str, count: int, names: Sequence[str], where: str) -> int:
@@ -246,7 +272,12 @@ def target_network(
     )  # alone, it has a head of its own
     fresh = fresh_network(size, name, environment, output, seed)
     theirs = source.network.spec.environments
-    environments = {name: environment, **{kept_name(each): spec for each, spec in theirs.items()}}
+    environments = {name: environment} | {
+        kept_name(each): spec
+        for each, spec in theirs.items()
+        if not _shares_adapter(size, environment, spec)
+        or _adapter_is_kept(source, environment, correspondence)
+    }
     network = build_network(NetworkSpec(size=size, environments=environments, output=output), seed)
     given = dict(source.network.named_parameters())
     own = dict(network.named_parameters())
@@ -258,7 +289,7 @@ def target_network(
             part = part.removeprefix(kept_name(""))
             shared = ".".join([kind, SHARED_HEAD, *rest])
             whole = given.get(".".join([kind, part, *rest]), given.get(shared))
-            if whole is not None:
+            if whole is not None and not key.startswith((f"heads.{name}.", f"adapters.{name}.")):
                 tensor.copy_(whole[: len(tensor)])
         for key, tensor in fresh.named_parameters():
             kind, value = _taken(key, tensor, name, source, output, correspondence)
@@ -274,6 +305,22 @@ def target_network(
     return network, report
 
 
+def _shares_adapter(size: NetworkSize, target: EnvironmentSpec, kept: EnvironmentSpec) -> bool:
+    """Whether the target's way and a kept environment's begin with the same adapter."""
+    own = target.observation
+    return own.key == kept.observation.key and not (size.share_planes and has_planes(own))
+
+
+def _adapter_is_kept(source: Source, target: EnvironmentSpec, correspondence: Correspondence | None) -> bool:
+    """Whether an adapter that the target shares still is, up to the order of its components, what it was in the source."""
+    if not source.environment or correspondence is None:
+        return True
+    same = source.spec.observation.key == target.observation.key
+    if correspondence.components is None:
+        return not same
+    return same and sorted(correspondence.components) == list(range(channels(target.observation)))
+
+
 def kept_observations(
     network: MultiTaskNetwork,
     target: str,
@@ -287,10 +334,10 @@ def kept_observations(
     """
     if correspondence is None or correspondence.components is None:
         return observations
-    own, theirs = (network.spec.environments[name].observation for name in (target, kept))
-    if own.key != theirs.key or (network.spec.size.share_planes and has_planes(own)):
+    own, theirs = (network.spec.environments[name] for name in (target, kept))
+    if not _shares_adapter(network.spec.size, own, theirs):
         return observations
-    return show(observations, correspondence.components, channel_axis(own))
+    return show(observations, correspondence.components, theirs.observation, own.observation)
 
 
 def check_patterns(what: str, patterns: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -324,14 +371,17 @@ def _taken(
     if key.startswith("heads."):
         if not source.environment or source.network.spec.output != output or correspondence is None:
             return "new", fresh
+        if correspondence.components is None or correspondence.actions is None:
+            return "new", fresh  # what does not see what the source saw has no use for its head
         head = SHARED_HEAD if source.network.spec.size.share_head else source.environment
-        if correspondence.actions is None:
-            return "new", fresh
         whole = given[key.replace(f"heads.{name}.", f"heads.{head}.", 1)][: source.spec.actions]
         return _mapped_tensor(whole, correspondence.actions, 0, fresh)
     if not key.startswith("adapters."):
-        return "copied", given[key]
-    if source.environment and correspondence is not None and correspondence.components is not None:
+        return ("copied", given[key]) if key in given else ("new", fresh)
+    if source.environment and correspondence is not None:
+        if correspondence.components is None:
+            other = key in given and not key.startswith(f"adapters.{source.spec.observation.key}.")
+            return ("copied", given[key]) if other else ("new", fresh)
         parts = key.split(".")
         # One for each environment where planes share a body, else one for each shape.
         shape = source.environment if parts[1] == name else source.spec.observation.key

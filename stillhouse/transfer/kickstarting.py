@@ -25,7 +25,7 @@ from torch import Tensor
 
 from stillhouse.losses.distillation import action_gap_temperature, teacher_log_policy
 from stillhouse.networks.multi_task import MultiTaskNetwork
-from stillhouse.transfer.initialisation import Correspondence, Source, channel_axis, channels, show
+from stillhouse.transfer.initialisation import Correspondence, Source, channels, show
 from stillhouse.types import EnvironmentSpec
 
 GREEDY_ODDS = 2.0  # of the best action over the second best, where their Q-values are a mean action gap apart
@@ -57,7 +57,7 @@ class Guide:
         self._environment = source.environment
         self._temperature, self._weight, self._duration = temperature, weight, duration
         self._shown = inverse(correspondence.components, channels(source.spec.observation))
-        self._axis = channel_axis(target.observation)
+        self._seen, self._wanted = target.observation, source.spec.observation
         self._actions = torch.tensor([max(0, action) for action in correspondence.actions])
         self._known = torch.tensor([float(action >= 0) for action in correspondence.actions])
 
@@ -68,7 +68,8 @@ class Guide:
     @torch.no_grad()
     def policy(self, observations: Tensor) -> Tensor:
         """Probabilities [B, A] of the target's actions for its raw observations [B, ...]."""
-        outputs = self._network(show(observations, self._shown, self._axis), self._environment)
+        shown = show(observations, self._shown, self._seen, self._wanted)
+        outputs = self._network(shown, self._environment)
         policy = teacher_log_policy(outputs, self._temperature).exp()
         device = policy.device
         policy = policy[:, self._actions.to(device)] * self._known.to(device)

@@ -34,7 +34,7 @@ from stillhouse.agents import make_fresh_head
 from stillhouse.config import Config
 from stillhouse.errors import StillhouseError
 from stillhouse.networks.multi_task import MultiTaskNetwork, NetworkSpec
-from stillhouse.transfer.initialisation import channel_axis, show
+from stillhouse.transfer.initialisation import show
 from stillhouse.types import EnvironmentSpec, OutputKind
 
 Laterals = Literal["adapters", "features"]
@@ -109,7 +109,7 @@ class ProgressiveNetwork(MultiTaskNetwork):
         (name, own), *_ = spec.environments.items()
         self.columns = nn.ModuleList(MultiTaskNetwork(column.network) for column in spec.columns)
         self.columns.requires_grad_(False)
-        self._axis = channel_axis(own.observation)
+        self._observation = own.observation
         forms = self.layer_forms(name)
         frozen = [self._columns[i].layer_forms(column.environment) for i, column in enumerate(spec.columns)]
         for column, found in zip(spec.columns, frozen, strict=True):
@@ -172,7 +172,8 @@ class ProgressiveNetwork(MultiTaskNetwork):
                 activations: list[Tensor] = []
                 hidden = observations
                 if spec.components is not None:
-                    hidden = show(observations, spec.components, self._axis)
+                    wanted = spec.network.environments[spec.environment].observation
+                    hidden = show(observations, spec.components, self._observation, wanted)
                 for index, layer in enumerate(column.layers(spec.environment)):
                     hidden = layer(hidden)
                     if edit is not None:

@@ -163,7 +163,7 @@ def test_a_layers_pace_falls_with_its_depth() -> None:
 
 
 def test_l2_sp_adds_the_gradient_of_its_penalty() -> None:
-    network, origin = taken("q_values")
+    network, _ = taken("q_values")
     parameters = FlatParameters(network, 1e-3)
     start = {name: tensor.detach().clone() for name, tensor in network.named_parameters()}
     penalty = StartingPoint(parameters, ["torso.dense.0.weight"], alpha=0.3)
