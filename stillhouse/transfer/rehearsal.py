@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from stillhouse import seeding
 from stillhouse.datasets.reader import Dataset
@@ -63,22 +62,19 @@ class Rehearsal:
         }
 
     def __call__(self) -> None:
-        total = torch.zeros((), device=self._device)
         for name, data in self.datasets.items():
             rows = self._random.integers(len(data), size=self._rows)
-            total = total + self._divergence(name, self._observations(name, rows))
-        (total * (self.weight / len(self.datasets))).backward()
+            given, temperature = self._observations(name, rows), self._temperatures[name]
+            with torch.no_grad():
+                before = torch.softmax(self._before(given, name) / temperature, 1)
+            outputs = self.network(given, name)
+            # d KL(before || now) / d outputs, written out: exactly 0 as long as nothing has moved.
+            apart = torch.softmax(outputs.detach() / temperature, 1).sub_(before)
+            outputs.backward(apart * (self.weight / (len(self.datasets) * len(rows) * temperature)))
 
     def _observations(self, name: str, rows: np.ndarray) -> Tensor:
         found = torch.from_numpy(self.datasets[name].observations(rows)).to(self._device)
         return kept_observations(self.network, self.target, name, self._correspondence, found)
-
-    def _divergence(self, name: str, given: Tensor) -> Tensor:
-        temperature = self._temperatures[name]
-        with torch.no_grad():
-            before = torch.log_softmax(self._before(given, name) / temperature, 1)
-        now = torch.log_softmax(self.network(given, name) / temperature, 1)
-        return functional.kl_div(now, before, reduction="batchmean", log_target=True)
 
     def get_state(self) -> dict[str, Any]:
         """What sampling goes on from."""
