@@ -24,6 +24,7 @@ class SourceChoice:
 
     Attributes:
         scores: candidate to its mean return after the probe.
+        probed: candidate to the env steps of its probe, which ends with a report of its learner's.
         chosen: the candidate that is trained on; "" while probing.
     """
 
@@ -33,6 +34,7 @@ class SourceChoice:
         self.candidates = dict(candidates)
         self.budget, self.probe_steps = budget, probe_steps
         self.scores: dict[str, float] = {}
+        self.probed: dict[str, int] = {}
         self.chosen = ""
         self._run: FineTuning | None = None
 
@@ -45,7 +47,7 @@ class SourceChoice:
     @property
     def spent(self) -> int:
         """Env steps of the probes whose candidates were not chosen."""
-        return self.probe_steps * (len(self.candidates) - 1)
+        return sum(env_steps for name, env_steps in self.probed.items() if name != self.chosen)
 
     @property
     def curve(self) -> list[tuple[int, float]]:
@@ -60,17 +62,20 @@ class SourceChoice:
         else:
             self._reports = self.run.train()
         for report in self._reports:
-            yield Report(report.done + self.spent, self.budget, report.metrics)
+            yield Report(report.done + self.spent, report.total + self.spent, report.metrics)
 
     def _probe(self) -> Iterator[Report]:
         best: tuple[FineTuning, Iterator[Report]] | None = None
-        for number, (name, make) in enumerate(self.candidates.items()):
+        self.scores, self.probed = {}, {}
+        for name, make in self.candidates.items():
             run = make()
             reports = run.train()
+            before = sum(self.probed.values())
             for report in reports:
-                yield Report(number * self.probe_steps + report.done, self.budget, report.metrics)
+                yield Report(before + report.done, self.budget, report.metrics)
                 if report.done >= self.probe_steps:
                     break
+            self.probed[name] = report.done
             self.scores[name] = run.judge()
             if best is None or self.scores[name] > max(
                 score for other, score in self.scores.items() if other != name
@@ -84,11 +89,13 @@ class SourceChoice:
         """The whole state, between two reports; the probes are begun again, for they are short."""
         if not self.chosen:
             return {"chosen": ""}
-        return {"chosen": self.chosen, "scores": self.scores, "run": self.run.get_state()}
+        found = {"chosen": self.chosen, "scores": self.scores, "probed": self.probed}
+        return {**found, "run": self.run.get_state()}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue from ``get_state``."""
         if state["chosen"]:
-            self.chosen, self.scores = state["chosen"], dict(state["scores"])
+            self.chosen = state["chosen"]
+            self.scores, self.probed = dict(state["scores"]), dict(state["probed"])
             self._run = self.candidates[self.chosen]()
             self._run.set_state(state["run"])
