@@ -155,7 +155,10 @@ def test_names_are_slugs(name):
         ("environments.cartpole.module=no_such_module", ["no_such_module"]),
         ("environments.cartpole.module=os", ["environments.cartpole.module", "params/modules.txt"]),
         ("environments.cartpole.options={gravity: 3}", ["CartPole-v1", "gravity"]),
-        ("fine_tune.cartpole-long.sources=[breakout]", ["cartpole-long", "planes", "vector", "different kinds"]),
+        (
+            "fine_tune.cartpole-long.sources=[breakout]",
+            ["cartpole-long", "planes", "vector", "different kinds"],
+        ),
     ],
 )
 def test_environments_are_checked_before_any_work(override, words):

@@ -210,7 +210,9 @@ def test_transfer_numbers(tmp_path: Path) -> None:
     assert gradual.steps_to_scratch == [math.inf]
     numbers = metrics(results, summary)["transfer"]["cartpole-long"]
     assert full.retention is not None and scratch.retention is None
-    assert full.retention.value == pytest.approx(0.75)  # half in one of the source's environments, all in the other
+    assert full.retention.value == pytest.approx(
+        0.75
+    )  # half in one of the source's environments, all in the other
     assert numbers["full-small"]["env_steps_to_scratch"] == {"s0": 50}
     assert numbers["gradual-small"]["env_steps_to_scratch"] == {"s0": None}
     assert "never" in render(results, summary)
