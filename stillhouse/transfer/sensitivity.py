@@ -65,17 +65,25 @@ def sensitivities(
             def edit(at: int, number: int, hidden: Tensor) -> Tensor:
                 if (at, number) != place:
                     return hidden
-                return hidden + sigma * spread * torch.randn(hidden.shape, generator=generator)
+                drawn = torch.randn(hidden.shape, generator=generator).to(hidden.device)
+                return hidden + sigma * spread * drawn
 
             return _mean(network_policy(network, name, edit), environment, episodes, seed)
 
         noise[layer, column] = half_life(noisy, random)
     precision = 1 / noise**2
     return {
-        "fisher": (fisher / fisher.sum(1, keepdims=True)).tolist(),
-        "perturbation": (precision / precision.sum(1, keepdims=True)).tolist(),
+        "fisher": shares(fisher).tolist(),
+        "perturbation": shares(precision).tolist(),
         "noise": noise.tolist(),
     }
+
+
+def shares(values: np.ndarray) -> np.ndarray:
+    """Of each row's sum, [layers, columns]; equal ones where it is 0: the policy reads nothing of that layer."""
+    total = values.sum(1, keepdims=True)
+    equal = np.full_like(values, 1 / values.shape[1])
+    return np.divide(values, total, out=equal, where=total > 0)
 
 
 def half_life(score: Callable[[float], float], random: float) -> float:
@@ -95,10 +103,12 @@ def network_policy(
 ) -> Policy:
     """The network's outputs, with activations edited on the way."""
 
+    device = next(network.parameters()).device
+
     @torch.inference_mode()
     def policy(observations: np.ndarray) -> np.ndarray:
-        features = network.features(torch.from_numpy(observations), name, edit)
-        return network.head(features, name).numpy()
+        features = network.features(torch.from_numpy(observations).to(device), name, edit)
+        return network.head(features, name).cpu().numpy()
 
     return policy
 
@@ -119,7 +129,7 @@ def _states(network: ProgressiveNetwork, name: str, environment: EnvironmentConf
             found.append(envs.step(policy(found[-1]).argmax(1)).observations.copy())
     finally:
         envs.close()
-    return torch.from_numpy(np.concatenate(found[::4]))
+    return torch.from_numpy(np.concatenate(found[::4])).to(next(network.parameters()).device)
 
 
 def _fisher(
