@@ -237,6 +237,14 @@ class Params(Config):
                     known = list(self.distill_student[source].environments)
                     check(environment, known, f"{where}.sources", "environment of that student")
             self._check_modes(where, transfer)
+            for entry in transfer.sources:
+                shown = _shown_in(transfer, entry)
+                if shown and "." not in entry and entry in self.distill_student:
+                    known = list(self.distill_student[entry].environments)
+                    raise ValueError(
+                        f"{where}.sources: {shown[0]} shows the target's observations to {entry!r}, so one of its environments is needed: "
+                        f"{entry}.{known[0]}, for example; there are {', '.join(known)}"
+                    )
         lists: dict[str, list[Any]] = {"seeds": list(self.seeds)}
         for block, networks in (
             ("distill_student", self.distill_student),
@@ -257,6 +265,12 @@ class Params(Config):
             raise ValueError(
                 f"{where}.modes: kickstart needs a learner with a policy, ppo; {algorithm} was given"
             )
+        if "auto" in transfer.modes and any(
+            entry.partition(".")[0] == "scratch" for entry in transfer.sources
+        ):
+            raise ValueError(
+                f"{where}.sources: auto tries scratch beside the sources; rename the source 'scratch'"
+            )
         if "progressive_3" in transfer.modes and len(transfer.sources) < 2:
             raise ValueError(
                 f"{where}.modes: progressive_3 has a column for each of two sources and a new one, but there is one source "
@@ -268,6 +282,15 @@ class Params(Config):
                 f"{where}.probe_fraction: {transfer.probe_fraction} of the budget for each of {len(transfer.sources)} sources and scratch "
                 "leaves nothing to train with; lower it, or name fewer sources"
             )
+
+
+def _shown_in(transfer: TransferParams, entry: str) -> list[str]:
+    """The ways in which this source is shown the target's observations."""
+    first = {"progressive_random": 1, "progressive_3": 2}  # of the sources; the others are made with each
+    position = transfer.sources.index(entry)
+    return [
+        mode for mode in transfer.modes if mode in SHOWN and position < first.get(mode, len(transfer.sources))
+    ]
 
 
 def suite_names() -> list[str]:
@@ -468,9 +491,8 @@ def check_environments(params: Params) -> None:
             source, _, environment = entry.partition(".")
             environment = environment or ("" if source in params.distill_student else source)
             if environment:
-                _check_correspondence(
-                    name, transfer, specs, environment, [target, params.environments[environment]]
-                )
+                configs = [target, params.environments[environment]]
+                _check_correspondence(name, transfer, specs, environment, configs, _shown_in(transfer, entry))
 
 
 def _check_correspondence(
@@ -479,6 +501,7 @@ def _check_correspondence(
     specs: dict[str, EnvironmentSpec],
     environment: str,
     configs: list[EnvironmentConfig],
+    shown: list[str],
 ) -> None:
     target, source = (Labels(component_names(config), action_names(config)) for config in configs)
     found = correspond(
@@ -489,10 +512,14 @@ def _check_correspondence(
         (target, source),
         where=f"fine_tune.{name}",
     )
-    shown = [mode for mode in transfer.modes if mode in SHOWN]
     if found.components is None and shown:
         raise StillhouseError(
             f"fine_tune.{name}.modes: {shown[0]} shows the target's observations to its source, but {environment!r} takes "
             f"{specs[environment].observation.key} and the target has {specs[name].observation.key}; say in components which is which, or use "
             "a way that takes the torso alone (full, head_only, gradual)"
+        )
+    if found.actions is None and "kickstart" in shown:
+        raise StillhouseError(
+            f"fine_tune.{name}.actions: kickstart follows its source's policy, but none of the target's {specs[name].actions} actions is one "
+            f"of {environment!r}'s {specs[environment].actions}; say which is which (index, name, or target's to source's)"
         )

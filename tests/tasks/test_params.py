@@ -169,3 +169,140 @@ def test_environments_are_checked_before_any_work(override, words):
     text = str(caught.value)
     assert "\n" not in text
     assert all(word in text for word in words), text
+
+
+TRANSFER = "fine_tune.cartpole-long"
+PPO = f"{TRANSFER}.learner.algorithm=ppo"
+
+
+def refusal(overrides: list[str]) -> str:
+    """What a user is told before any work."""
+    with pytest.raises(StillhouseError) as caught:
+        check_environments(load_suite("smoke", overrides))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([f"{TRANSFER}.modes=[kickstart]"], [f"{TRANSFER}.modes: kickstart", "ppo", "pqn was given"]),
+        (
+            [f"{TRANSFER}.modes=[progressive_3]"],
+            [f"{TRANSFER}.modes: progressive_3", "two sources", "small.cartpole", "progressive_2"],
+        ),
+        ([f"{TRANSFER}.sources=[actng]"], [f"{TRANSFER}.sources", "'actng'", "did you mean 'acting'"]),
+        ([f"{TRANSFER}.sources=[cartpol]"], ["'cartpol'", "did you mean 'cartpole'"]),
+        ([f"{TRANSFER}.sources=[cartpole-long]"], ["'cartpole-long'", "no environment with a teacher"]),
+        ([f"{TRANSFER}.sources=[cartpole.cartpole]"], ["a teacher has one environment", "'cartpole'"]),
+        (
+            [f"{TRANSFER}.sources=[small.cartpol]"],
+            ["'cartpol'", "environment of that student", "did you mean 'cartpole'", "breakout"],
+        ),
+        (
+            [f"{TRANSFER}.sources=[acting.breakout]"],
+            ["'breakout'", "environment of that student", "cartpole"],
+        ),
+        ([f"{TRANSFER}.sources=[Small]"], [f"{TRANSFER}.sources", "lower-case"]),
+        ([f"{TRANSFER}.sources=[small.Cart]"], [f"{TRANSFER}.sources", "lower-case"]),
+        ([f"{TRANSFER}.sources=[]"], [f"{TRANSFER}.sources"]),
+        ([f"{TRANSFER}.modes=[]"], [f"{TRANSFER}.modes"]),
+        ([f"{TRANSFER}.modes=[frozen]"], [f"{TRANSFER}.modes", "'frozen'", "'gradual'"]),
+        ([f"{TRANSFER}.sources=[cartpole, cartpole]"], [f"{TRANSFER}.sources", "once only"]),
+        # They would be one stage.
+        ([f"{TRANSFER}.sources=[small.cartpole, small]"], [f"{TRANSFER}.sources", "once only"]),
+        ([f"{TRANSFER}.modes=[full, full]"], [f"{TRANSFER}.modes", "once only"]),
+        (
+            [
+                f"{TRANSFER}.modes=[auto]",
+                f"{TRANSFER}.sources=[cartpole, acting.cartpole, small.cartpole]",
+                f"{TRANSFER}.probe_fraction=0.25",
+            ],
+            [f"{TRANSFER}.probe_fraction", "0.25", "3 sources", "nothing to train with"],
+        ),
+        # What is known once the environments are made.
+        ([f"{TRANSFER}.sources=[breakout]"], [TRANSFER, "planes_10x10x4", "vector_4", "different kinds"]),
+        ([f"{TRANSFER}.components={{angel: angle}}"], ["components", "'angel'", "did you mean 'angle'"]),
+        ([f"{TRANSFER}.components={{angle: angel}}"], ["components: the source", "did you mean 'angle'"]),
+        ([f"{TRANSFER}.actions={{lft: left}}"], ["actions: the target", "'lft'", "did you mean 'left'"]),
+        (
+            ["environments.cartpole-long={id: MountainCar-v0}", f"{TRANSFER}.modes=[full, progressive_2]"],
+            [f"{TRANSFER}.modes: progressive_2", "vector_4", "vector_2", "'cartpole'"],
+        ),
+        (
+            ["environments.cartpole-long={id: MountainCar-v0}", PPO, f"{TRANSFER}.modes=[kickstart]"],
+            [f"{TRANSFER}.modes: kickstart", "vector_4", "vector_2"],
+        ),
+        (
+            [
+                "environments.cartpole-long={id: MountainCar-v0}",
+                PPO,
+                f"{TRANSFER}.modes=[kickstart]",
+                f"{TRANSFER}.components=index",
+                f"{TRANSFER}.actions=same",
+            ],
+            [f"{TRANSFER}.actions: kickstart", "3 actions", "'cartpole'", "2"],
+        ),
+        (
+            [f"{TRANSFER}.modes=[features]", f"{TRANSFER}.sources=[small]"],
+            [f"{TRANSFER}.sources: features", "'small'", "small.cartpole"],
+        ),
+        (
+            [f"{TRANSFER}.modes=[progressive_3]", f"{TRANSFER}.sources=[cartpole, small]"],
+            [f"{TRANSFER}.sources: progressive_3", "'small'"],
+        ),
+    ],
+)
+def test_a_transfer_that_cannot_be_made_is_refused_before_any_work(overrides, words):
+    text = refusal(overrides)
+    assert all(word in text for word in words), text
+
+
+def test_names_that_could_be_two_things_are_refused():
+    text = Path("params/suites/smoke.yaml").read_text()
+    Path("params/suites/two.yaml").write_text(
+        text.replace("  acting:", "  cartpole:").replace("[small.cartpole]", "[cartpole]")
+    )
+    with pytest.raises(StillhouseError, match="'cartpole' is a student and a teacher's environment"):
+        load_suite("two", [])
+    Path("params/suites/two.yaml").write_text(
+        text.replace("  acting:", "  scratch:").replace("[small.cartpole]", "[scratch.cartpole]")
+    )
+    assert load_suite("two", [])
+    with pytest.raises(StillhouseError, match="rename the source 'scratch'"):
+        load_suite("two", [f"{TRANSFER}.modes=[auto]"])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [
+            f"{TRANSFER}.sources=[cartpole, acting.cartpole, small]",
+            f"{TRANSFER}.modes=[progressive_3, full, auto]",
+        ],
+        [f"{TRANSFER}.sources=[cartpole, small]", f"{TRANSFER}.modes=[progressive_random]"],
+        [PPO, f"{TRANSFER}.modes=[kickstart, rehearsal, scratch]"],
+        ["environments.cartpole-long={id: MountainCar-v0}", f"{TRANSFER}.modes=[full, head_only, rehearsal]"],
+        [
+            "environments.cartpole-long={id: MountainCar-v0}",
+            f"{TRANSFER}.modes=[features, progressive_2]",
+            f"{TRANSFER}.components={{position: position, velocity: angular_velocity}}",
+        ],
+        [
+            f"{TRANSFER}.modes=[auto]",
+            f"{TRANSFER}.sources=[cartpole, acting.cartpole]",
+            f"{TRANSFER}.probe_fraction=0.25",
+        ],
+    ],
+)
+def test_a_transfer_that_can_be_made_is_accepted(overrides):
+    check_environments(load_suite("smoke", overrides))
+
+
+def test_the_learners_network_is_the_sources():
+    with pytest.raises(StillhouseError, match="learner without 'network' is allowed"):
+        load_suite("smoke", [f"{TRANSFER}.learner={{algorithm: pqn, network: {{}}}}"])
+    assert (
+        "network"
+        not in load_suite("smoke", []).model_dump(mode="json")["fine_tune"]["cartpole-long"]["learner"]
+    )
