@@ -285,3 +285,106 @@ def test_parameters_of_another_release_are_refused_in_one_line(project):
     shutil.rmtree("data/production")
     with pytest.raises(StillhouseError, match="nothing is in production yet"):
         make_plan("", RETRAIN, production=True)
+
+
+# Stage's name without `fine_tune-cartpole-long-` -> inputs below data/, and environments, besides its own.
+TRANSFERS = {
+    # A KL student's outputs are logits: a Q head is fitted to its environment's dataset.
+    "full-small": (["students/small", "datasets/cartpole"], ["breakout", "cartpole"]),
+    "gradual-small": (["students/small", "datasets/cartpole"], ["breakout", "cartpole"]),
+    "head_only-small": (["students/small", "datasets/cartpole"], ["breakout", "cartpole"]),
+    "discriminative-small": (["students/small", "datasets/cartpole"], ["breakout", "cartpole"]),
+    "l2_sp-small": (["students/small", "datasets/cartpole"], ["breakout", "cartpole"]),
+    "rehearsal-small": (
+        ["students/small", "datasets/breakout", "datasets/cartpole"],
+        ["breakout", "cartpole"],
+    ),
+    "features-small": (["students/small"], ["cartpole"]),
+    "progressive_2-small": (["students/small"], ["cartpole"]),
+    # A DQN teacher's are Q-values.
+    "full-cartpole": (["teachers/cartpole"], ["cartpole"]),
+    "gradual-cartpole": (["teachers/cartpole"], ["cartpole"]),
+    "head_only-cartpole": (["teachers/cartpole"], ["cartpole"]),
+    "discriminative-cartpole": (["teachers/cartpole"], ["cartpole"]),
+    "l2_sp-cartpole": (["teachers/cartpole"], ["cartpole"]),
+    "rehearsal-cartpole": (["teachers/cartpole", "datasets/cartpole"], ["cartpole"]),
+    "features-cartpole": (["teachers/cartpole"], ["cartpole"]),
+    "progressive_2-cartpole": (["teachers/cartpole"], ["cartpole"]),
+    # One stage for all sources.
+    "progressive_3": (["students/small", "teachers/cartpole"], ["cartpole"]),
+    "progressive_random": (["students/small"], ["cartpole"]),
+    "auto": (["students/small", "teachers/cartpole", "datasets/cartpole"], ["breakout", "cartpole"]),
+    "scratch": (["students/small"], []),
+}
+
+
+def transfers(overrides: list[str]) -> dict[str, Stage]:
+    stages = stages_of(load_suite("smoke", overrides))
+    return {
+        stage.name.removeprefix("fine_tune-cartpole-long-").removesuffix("-s0"): stage
+        for stage in stages
+        if stage.verb == "fine_tune"
+    }
+
+
+def inputs(stage: Stage) -> list[str]:
+    return sorted(
+        dep.removeprefix("data/").removesuffix("-s0")
+        for dep in stage.deps
+        if not dep.startswith("data/code/")
+    )
+
+
+def test_inputs_of_every_way_of_transfer(project):
+    ways = sorted({name.partition("-")[0] for name in TRANSFERS})
+    block = "fine_tune.cartpole-long"
+    found = transfers([f"{block}.modes=[{', '.join(ways)}]", f"{block}.sources=[small.cartpole, cartpole]"])
+    assert set(found) == set(TRANSFERS)
+    for name, (read, environments) in TRANSFERS.items():
+        stage = found[name]
+        assert inputs(stage) == sorted(read), name
+        assert "data/code/fine_tune-pqn.json" in stage.deps
+        assert stage.params == [
+            block,
+            *(f"environments.{each}" for each in sorted(["cartpole-long", *environments])),
+        ]
+        way, _, source = name.partition("-")
+        given = ["--source", source] if source else []
+        assert stage.argv == [
+            *["python", "-m", "tasks.fine_tune", "cartpole-long", "--mode", way],
+            *given,
+            *["--seed", "0"],
+        ]
+        assert stage.outs == [f"data/transfer/cartpole-long-{name}-s0"]
+        assert stage.metrics == [f"data/transfer/cartpole-long-{name}-s0.json"]
+        assert list(stage.plots) == [f"data/transfer/cartpole-long-{name}-s0.csv"]
+
+
+def test_inputs_of_a_policys_transfer(project):
+    block = "fine_tune.cartpole-long"
+    ppo = [f"{block}.learner.algorithm=ppo", f"{block}.modes=[full, kickstart]"]
+    found = transfers([*ppo, f"{block}.sources=[small.cartpole, cartpole]"])
+    # Logits are taken as they are; a guide of Q-values needs states for its temperature.
+    assert inputs(found["full-small"]) == inputs(found["kickstart-small"]) == ["students/small"]
+    assert inputs(found["full-cartpole"]) == ["teachers/cartpole"]
+    assert inputs(found["kickstart-cartpole"]) == ["datasets/cartpole", "teachers/cartpole"]
+    assert found["kickstart-small"].params == [block, "environments.cartpole", "environments.cartpole-long"]
+    found = transfers([*ppo, f"{block}.sources=[small.cartpole]", "distill_student.small.loss=mse"])
+    assert inputs(found["kickstart-small"]) == ["datasets/cartpole", "students/small"]
+
+
+def test_inputs_where_the_torso_alone_is_taken(project):
+    block = "fine_tune.cartpole-long"
+    found = transfers([f"{block}.modes=[full, rehearsal]", f"{block}.sources=[small]"])
+    assert inputs(found["full-small"]) == ["students/small"]  # no head, so no dataset to fit one to
+    assert inputs(found["rehearsal-small"]) == ["datasets/breakout", "datasets/cartpole", "students/small"]
+
+
+def test_a_sources_own_module_is_an_input_of_what_is_judged_there(project):
+    Path("mine.py").touch()
+    block = "fine_tune.cartpole-long"
+    own = ["environments.breakout.module=mine", f"{block}.modes=[full, features, scratch]"]
+    found = transfers(own)
+    assert "mine.py" in found["full-small"].deps
+    assert "mine.py" not in found["features-small"].deps
+    assert "mine.py" not in found["scratch"].deps
