@@ -29,6 +29,7 @@ from stillhouse.transfer.fine_tuning import (
     FineTuneConfig,
     FineTuning,
     Mode,
+    OrderedDataset,
     Origin,
     Schedule,
     StartingPoint,
@@ -143,7 +144,7 @@ class Transfer:
             network, tensors = target_network(
                 source, self.name, self.spec, self.seed, self.output, correspondence, config.take
             )
-            explained = self._fit_head(network, source, tensors)
+            explained = self._fit_head(network, source, correspondence, tensors)
         else:
             network, correspondence, explained = self._own_network(mode, source), None, None
             tensors = TensorReport()
@@ -160,12 +161,14 @@ class Transfer:
         learner = make_learner(settings, self.name, self.environment, self.seed, self.context.device, network)
         parameters = learner.parameters
         layers = network.layer_names(self.name)
-        always = check_patterns("freeze", config.freeze, list(parameters.slices))
+        # Only what was taken is worth keeping as it is: a fresh network learns whole.
+        frozen = config.freeze if mode in MOVING else []
+        always = check_patterns("freeze", frozen, list(parameters.slices))
         schedule = Schedule(mode, layers, tensors.taken, always, config.frozen_fraction)
         origin = Origin(source, correspondence, tensors, explained)
         rehearsal = None
         if mode == "kickstart" or (self.output == "logits" and head_taken):
-            learner.guide = self._guide(source)  # type: ignore[attr-defined] # such a learner is PPO
+            learner.guide = self._guide(source, settings["env_steps"])  # type: ignore[attr-defined] # such a learner is PPO
         if mode == "discriminative":
             parameters.set_pace(layer_paces(layers, tensors.taken, config.layer_decay))
         elif mode == "l2_sp":
@@ -191,18 +194,27 @@ class Transfer:
         scale = self.config.adapter_scale
         return progressive_network(self.name, self.spec, self.output, columns, self.seed, adapter_scale=scale)
 
-    def _fit_head(self, network: MultiTaskNetwork, source: Source, tensors: TensorReport) -> float | None:
+    def _fit_head(
+        self,
+        network: MultiTaskNetwork,
+        source: Source,
+        correspondence: Correspondence | None,
+        tensors: TensorReport,
+    ) -> float | None:
         """Q-values for a learner that bootstraps, where the source has none but its dataset has."""
         path = f"data/datasets/{source.environment}-s{self.seed}"
         wanted = self.output == "q_values" and f"heads.{self.name}.weight" in tensors.new
-        if not wanted or not source.environment or path not in self.context.deps:
+        if not wanted or correspondence is None or path not in self.context.deps:
             return None
         dataset = self.dataset(source.environment)
         if dataset.schema.environment != self.spec or dataset.schema.output != "q_values":
             return None
-        return fit_head(network, self.name, dataset, dataset.schema.output)
+        if not correspondence.one_to_one:
+            return None
+        ordered = OrderedDataset(dataset, correspondence, self.spec.observation)
+        return fit_head(network, self.name, ordered, dataset.schema.output)
 
-    def _guide(self, source: Source) -> Guide:
+    def _guide(self, source: Source, budget: int) -> Guide:
         self._shown(source)
         correspondence = self.corresponding(source)
         assert correspondence is not None
@@ -224,13 +236,18 @@ class Transfer:
             correspondence,
             temperature,
             self.config.guide_weight,
-            self.config.guide_fraction * self.budget,
+            self.config.guide_fraction * budget,
         )
 
     def _rehearsal(
         self, network: MultiTaskNetwork, correspondence: Correspondence | None, learner: Any
     ) -> Rehearsal:
         kept = [each for each in network.spec.environments if each != self.name]
+        if not kept:
+            raise StillhouseError(
+                f"fine_tune.{self.name}.components: the source's adapter is taken in part, so there is no way left on which its policy "
+                "could be rehearsed; map every component, or leave rehearsal out"
+            )
         config, share = learner.config, self.config.rehearsal_share
         # The learner's own minibatch: DQN names it, the others cut a rollout up.
         rows = (
@@ -254,6 +271,8 @@ class Transfer:
         found = {}
         for name in source.network.spec.environments:
             environment, kept = self.environment_of(name), kept_name(name)
+            if kept not in network.spec.environments:
+                continue
 
             def shown(observations: np.ndarray, kept: str = kept) -> np.ndarray:
                 given = torch.from_numpy(observations)
@@ -270,7 +289,7 @@ class Transfer:
                 episodes = evaluate(policy, environment, self.config.evaluation_episodes, self.seed, epsilon)
                 returns[when] = float(episodes.returns.mean())
             found[name] = returns
-        return found
+        return found or None
 
 
 def fine_tune(context: StageContext) -> None:

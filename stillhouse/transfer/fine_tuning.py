@@ -31,9 +31,9 @@ from stillhouse.envs.make import EnvironmentConfig
 from stillhouse.evaluation.rollouts import evaluate
 from stillhouse.networks.multi_task import MultiTaskNetwork
 from stillhouse.networks.parameters import FlatParameters
-from stillhouse.transfer.initialisation import Correspondence, Source, TensorReport
+from stillhouse.transfer.initialisation import Correspondence, Source, TensorReport, show
 from stillhouse.transfer.rehearsal import Rehearsal
-from stillhouse.types import Learner, OutputKind, Report
+from stillhouse.types import Learner, ObservationSpec, OutputKind, Report
 
 Mode = Literal[
     "auto",
@@ -136,6 +136,33 @@ class QDataset(Protocol):
     def __len__(self) -> int: ...
     def observations(self, rows: np.ndarray) -> np.ndarray: ...
     def outputs(self, rows: np.ndarray) -> np.ndarray: ...
+
+
+class OrderedDataset:
+    """A source's dataset in the order of the target's components and actions.
+
+    Args:
+        dataset: of an environment of the same spaces.
+        correspondence: one to one.
+        observation: of both environments.
+    """
+
+    def __init__(
+        self, dataset: QDataset, correspondence: Correspondence, observation: ObservationSpec
+    ) -> None:
+        assert correspondence.components is not None and correspondence.actions is not None
+        self._dataset, self._observation = dataset, observation
+        self._components, self._actions = correspondence.components, list(correspondence.actions)
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def observations(self, rows: np.ndarray) -> np.ndarray:
+        given = torch.from_numpy(self._dataset.observations(rows))
+        return show(given, self._components, self._observation, self._observation).numpy()
+
+    def outputs(self, rows: np.ndarray) -> np.ndarray:
+        return self._dataset.outputs(rows)[:, self._actions]
 
 
 @torch.inference_mode()
