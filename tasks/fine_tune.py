@@ -68,9 +68,9 @@ class Transfer:
         self.name, self.seed = context.name, context.seed
         block = dict(context.block(f"fine_tune.{self.name}"))
         self.environment = self.environment_of(self.name)
-        self.sources: list[str] = block.pop("sources")
+        self.sources = context.sources
         self.learner_settings: dict[str, Any] = block.pop("learner")
-        block.pop("modes")
+        del block["sources"], block["modes"]
         self.config = parse(FineTuneConfig, block, f"fine_tune.{self.name}")
         self.spec = environment_spec(*describe(self.environment), self.name)
         self.output = OUTPUTS[self.learner_settings["algorithm"]]
@@ -175,7 +175,7 @@ class Transfer:
             below = [key for key in tensors.taken if not key.startswith("heads.")]
             parameters.penalties.append(StartingPoint(parameters, below, config.l2_sp))
         elif mode == "rehearsal":
-            rehearsal = self._rehearsal(network, correspondence, learner)
+            rehearsal = self._rehearsal(network, source, correspondence, learner)
             parameters.penalties.append(rehearsal)
         return FineTuning(
             config, learner, self.environment, settings["env_steps"], schedule, self.seed, origin, rehearsal
@@ -228,7 +228,7 @@ class Transfer:
             dataset = self.dataset(source.environment)
             rows = torch.linspace(0, len(dataset) - 1, min(4096, len(dataset))).long().numpy()
             states = torch.from_numpy(dataset.observations(rows))
-            temperature = policy_temperature(source.network, source.environment, states)
+            temperature = policy_temperature(source.network, source.environment, states, "q_values")
         source.network.to(self.context.device)
         return Guide(
             source,
@@ -240,7 +240,7 @@ class Transfer:
         )
 
     def _rehearsal(
-        self, network: MultiTaskNetwork, correspondence: Correspondence | None, learner: Any
+        self, network: MultiTaskNetwork, source: Source, correspondence: Correspondence | None, learner: Any
     ) -> Rehearsal:
         kept = [each for each in network.spec.environments if each != self.name]
         if not kept:
@@ -257,6 +257,7 @@ class Transfer:
             network,
             self.name,
             {each: self.dataset(each.removeprefix(kept_name(""))) for each in kept},
+            source.network.spec.output,
             correspondence,
             round(rows * share / (1 - share)),
             self.config.rehearsal_weight,
@@ -265,7 +266,7 @@ class Transfer:
 
     def retention(self, run: FineTuning) -> dict[str, dict[str, float]] | None:
         """Mean returns in the source's environments, by their names: at random, before and after; None where nothing was moved."""
-        source, network = run.origin.source, run.learner.network
+        source, network, device = run.origin.source, run.learner.network, self.context.device
         if isinstance(network, ProgressiveNetwork) or not run.origin.tensors.taken:
             return None
         found = {}
@@ -277,9 +278,9 @@ class Transfer:
             def shown(observations: np.ndarray, kept: str = kept) -> np.ndarray:
                 given = torch.from_numpy(observations)
                 own = kept_observations(network, self.name, kept, run.origin.correspondence, given)
-                return network_policy(network, kept)(own.numpy())
+                return network_policy(network, kept, device)(own.numpy())
 
-            before = network_policy(source.network, name)
+            before = network_policy(source.network.to(device), name, device)
             returns = {}
             for when, policy, epsilon in (
                 ("random", before, 1.0),
@@ -297,12 +298,7 @@ def fine_tune(context: StageContext) -> None:
     use_one_core()
     transfer = Transfer(context)
     mode, name, seed = cast(Mode, context.mode), context.name, context.seed
-    run: FineTuning | SourceChoice
-    if mode == "auto":
-        run = _choice(transfer)
-    else:
-        entries = {entry.partition(".")[0]: entry for entry in transfer.sources}
-        run = transfer.run(mode, entries.get(context.source, transfer.sources[0]))
+    run = _choice(transfer) if mode == "auto" else transfer.run(mode, transfer.sources[0])
     if saved := context.scratch.load():
         run.set_state(saved)
     for report in run.train():

@@ -219,9 +219,8 @@ def stages_of(params: Params) -> list[Stage]:
                 stages.append(
                     Stage(
                         name=stage_name("fine_tune", name, mode, one, seed),
-                        argv=python("fine_tune", name, "--mode", mode)
-                        + (["--source", one] if one else [])
-                        + ["--seed", str(seed)],
+                        argv=python("fine_tune", name, "--mode", mode, "--seed", str(seed))
+                        + ["--sources", *read],
                         deps=[
                             code("fine_tune", transfer.learner.algorithm),
                             *(
@@ -235,7 +234,7 @@ def stages_of(params: Params) -> list[Stage]:
                             *sorted({path for each in {name, *known} for path in module_files(each)}),
                         ],
                         params=[
-                            f"fine_tune.{name}",
+                            *(f"fine_tune.{name}.{field}" for field in _transfer_fields(transfer, mode)),
                             *(f"environments.{each}" for each in sorted({name, *known})),
                         ],
                         outs=[base],
@@ -342,6 +341,33 @@ def stages_of(params: Params) -> list[Stage]:
     )
     _check_unique(stages)
     return [digest_code, *stages]
+
+
+# What each way reads of its target's block, beside what all read.
+_FIELDS = {
+    "gradual": ("frozen_fraction",),
+    "discriminative": ("layer_decay",),
+    "l2_sp": ("l2_sp",),
+    "rehearsal": ("rehearsal_share", "rehearsal_weight"),
+    "auto": ("probe_fraction",),
+    "features": ("sensitivity_episodes",),
+    "progressive_2": ("adapter_scale", "sensitivity_episodes"),
+    "progressive_3": ("adapter_scale", "sensitivity_episodes"),
+    "progressive_random": ("adapter_scale", "sensitivity_episodes"),
+}
+
+
+def _transfer_fields(transfer: TransferParams, mode: str) -> list[str]:
+    """The settings that a way reads: another's, or another way beside it, do not run it again."""
+    fields = ["evaluations", "evaluation_episodes", "learner", *_FIELDS.get(mode, ())]
+    if mode != "scratch":
+        fields += ["components", "actions"]
+    if mode in FITTED:
+        fields += ["take", "freeze"]
+        fields += ["critic_warmup"] if transfer.learner.algorithm == "ppo" else ["epsilon_start"]
+    if transfer.learner.algorithm == "ppo" and mode in ("kickstart", *FITTED):
+        fields += ["guide_weight", "guide_fraction"]
+    return sorted(fields)
 
 
 def _kind(params: Params, entry: str) -> str:

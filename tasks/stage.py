@@ -19,7 +19,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -308,9 +308,11 @@ def _scalar_writer(name: str) -> Callable[[int, dict[str, float]], None]:
 class StageContext:
     """What a stage body is given."""
 
-    def __init__(self, verb: str, name: str, mode: str, source: str, seed: int) -> None:
-        self.verb, self.name, self.mode, self.source, self.seed = verb, name, mode, source, seed
-        self.stage = stage_name(verb, name, mode, source, seed)
+    def __init__(self, verb: str, name: str, mode: str, sources: Sequence[str], seed: int) -> None:
+        self.verb, self.name, self.mode, self.sources, self.seed = verb, name, mode, list(sources), seed
+        # The source that the names of a transfer's stage and files hold.
+        self.source = sources[0].partition(".")[0] if mode in BY_SOURCE else ""
+        self.stage = stage_name(verb, name, mode, self.source, seed)
         entry = stage_entry(self.stage)
         self._parameters = read_yaml(PIPELINE)
         self.deps: list[str] = entry.get("deps", [])
@@ -354,7 +356,7 @@ def _arguments(argv: list[str] | None) -> tuple[str, argparse.Namespace]:
         parser.add_argument("name", help="environment, student or target, as named in params/pipeline.yaml")
         if verb == "fine_tune":
             parser.add_argument("--mode", required=True)
-            parser.add_argument("--source", default="")
+            parser.add_argument("--sources", nargs="+", required=True)
         parser.add_argument("--seed", type=int, required=True)
     return verb, parser.parse_args(argv)
 
@@ -380,7 +382,7 @@ def main(body: Callable[[StageContext], None], argv: list[str] | None = None) ->
             verb,
             getattr(arguments, "name", ""),
             getattr(arguments, "mode", ""),
-            getattr(arguments, "source", ""),
+            getattr(arguments, "sources", []),
             getattr(arguments, "seed", -1),
         )
         held = bool(os.environ.get(SCRATCH_HELD))

@@ -26,7 +26,7 @@ from torch import Tensor
 from stillhouse.losses.distillation import action_gap_temperature, teacher_log_policy
 from stillhouse.networks.multi_task import MultiTaskNetwork
 from stillhouse.transfer.initialisation import Correspondence, Source, channels, show
-from stillhouse.types import EnvironmentSpec
+from stillhouse.types import EnvironmentSpec, OutputKind
 
 GREEDY_ODDS = 2.0  # of the best action over the second best, where their Q-values are a mean action gap apart
 
@@ -82,10 +82,18 @@ def inverse(numbers: Sequence[int], count: int) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def policy_temperature(network: MultiTaskNetwork, environment: str, observations: Tensor) -> float:
-    """At which a network's outputs are its policy: 1 for logits; for Q-values by their mean action gap on these observations
-    [N, ...]."""
-    if network.spec.output == "logits":
+def policy_temperature(
+    network: MultiTaskNetwork, environment: str, observations: Tensor, output: OutputKind
+) -> float:
+    """At which a network's outputs are its policy: 1 for logits; for Q-values by their mean action gap.
+
+    Args:
+        network: it.
+        environment: whose outputs.
+        observations: raw, [N, ...].
+        output: what they are; not always what the network's learner gives.
+    """
+    if output == "logits":
         return 1.0
     best = network(observations, environment).topk(2, 1).values
     return action_gap_temperature(max(1e-6, float((best[:, 0] - best[:, 1]).mean())), GREEDY_ODDS)

@@ -24,6 +24,7 @@ from stillhouse.datasets.reader import Dataset
 from stillhouse.networks.multi_task import MultiTaskNetwork
 from stillhouse.transfer.initialisation import Correspondence, kept_observations
 from stillhouse.transfer.kickstarting import policy_temperature
+from stillhouse.types import OutputKind
 
 
 class Rehearsal:
@@ -33,6 +34,7 @@ class Rehearsal:
         network: that learns; its kept environments are still as they were taken.
         target: the target environment's name.
         datasets: kept environment (by its name in the network) to states of it.
+        output: what the sources' heads give.
         correspondence: of the target with the source's environment, where an adapter is shared.
         rows: of all datasets together, at each step.
         weight: w.
@@ -44,6 +46,7 @@ class Rehearsal:
         network: MultiTaskNetwork,
         target: str,
         datasets: Mapping[str, Dataset],
+        output: OutputKind,
         correspondence: Correspondence | None,
         rows: int,
         weight: float,
@@ -57,7 +60,7 @@ class Rehearsal:
         self._random = seeding.generator(seed, "rehearsal")
         self._device = next(network.parameters()).device
         self._temperatures = {
-            name: policy_temperature(self._before, name, self._observations(name, _evenly(data)))
+            name: policy_temperature(self._before, name, self._observations(name, _evenly(data)), output)
             for name, data in self.datasets.items()
         }
 

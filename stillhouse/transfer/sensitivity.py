@@ -146,7 +146,7 @@ def _fisher(
 
     outputs = network.head(network.features(observations, name, edit), name)
     with torch.no_grad():
-        temperature = policy_temperature(network, name, observations)
+        temperature = policy_temperature(network, name, observations, network.spec.output)
     log_policy = torch.log_softmax(outputs / temperature, 1)
     columns = len(network.columns) + 1
     found = np.zeros((len(probes) // columns, columns))

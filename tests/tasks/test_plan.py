@@ -344,20 +344,40 @@ def test_inputs_of_every_way_of_transfer(project):
         stage = found[name]
         assert inputs(stage) == sorted(read), name
         assert "data/code/fine_tune-pqn.json" in stage.deps
-        assert stage.params == [
-            block,
-            *(f"environments.{each}" for each in sorted(["cartpole-long", *environments])),
-        ]
+        own = [f"{block}.{field}" for field in ("evaluation_episodes", "evaluations", "learner")]
+        assert set(own) <= set(stage.params)
+        known = [f"environments.{each}" for each in sorted(["cartpole-long", *environments])]
+        assert [key for key in stage.params if not key.startswith(block)] == known
         way, _, source = name.partition("-")
-        given = ["--source", source] if source else []
-        assert stage.argv == [
-            *["python", "-m", "tasks.fine_tune", "cartpole-long", "--mode", way],
-            *given,
-            *["--seed", "0"],
-        ]
+        entries = {"small": ["small.cartpole"], "cartpole": ["cartpole"]}.get(source, ["small.cartpole"])
+        given = ["small.cartpole", "cartpole"] if way in ("progressive_3", "auto") else entries
+        command = ["python", "-m", "tasks.fine_tune", "cartpole-long", "--mode", way, "--seed", "0"]
+        assert stage.argv == [*command, "--sources", *given]
         assert stage.outs == [f"data/transfer/cartpole-long-{name}-s0"]
         assert stage.metrics == [f"data/transfer/cartpole-long-{name}-s0.json"]
         assert list(stage.plots) == [f"data/transfer/cartpole-long-{name}-s0.csv"]
+
+
+def test_a_way_reads_its_own_settings_and_no_others(project):
+    block = "fine_tune.cartpole-long"
+    read = {
+        way: {key.removeprefix(f"{block}.") for key in stage.params if key.startswith(block)}
+        for way, stage in transfers([f"{block}.modes=[scratch, full, l2_sp, progressive_2]"]).items()
+    }
+    assert read["scratch"] == {"evaluations", "evaluation_episodes", "learner"}
+    taken = {*read["scratch"], "components", "actions", "take", "freeze", "epsilon_start"}
+    assert read["full-small"] == taken
+    assert read["l2_sp-small"] == {*taken, "l2_sp"}
+    shown = {*read["scratch"], "components", "actions", "adapter_scale", "sensitivity_episodes"}
+    assert read["progressive_2-small"] == shown
+    # Another way, or another source, beside them runs nothing again.
+    more = [
+        f"{block}.modes=[scratch, full, l2_sp, progressive_2, features]",
+        f"{block}.sources=[small.cartpole, cartpole]",
+    ]
+    again = transfers(more)
+    before = transfers([f"{block}.modes=[scratch, full, l2_sp, progressive_2]"])
+    assert all(again[way].row() == stage.row() for way, stage in before.items())
 
 
 def test_inputs_of_a_policys_transfer(project):
@@ -368,7 +388,10 @@ def test_inputs_of_a_policys_transfer(project):
     assert inputs(found["full-small"]) == inputs(found["kickstart-small"]) == ["students/small"]
     assert inputs(found["full-cartpole"]) == ["teachers/cartpole"]
     assert inputs(found["kickstart-cartpole"]) == ["datasets/cartpole", "teachers/cartpole"]
-    assert found["kickstart-small"].params == [block, "environments.cartpole", "environments.cartpole-long"]
+    guided = {f"{block}.guide_weight", f"{block}.guide_fraction"}
+    assert guided <= set(found["kickstart-small"].params) and guided <= set(found["full-small"].params)
+    assert f"{block}.critic_warmup" in found["full-small"].params
+    assert f"{block}.critic_warmup" not in found["kickstart-small"].params
     found = transfers([*ppo, f"{block}.sources=[small.cartpole]", "distill_student.small.loss=mse"])
     assert inputs(found["kickstart-small"]) == ["datasets/cartpole", "students/small"]
 

@@ -85,21 +85,21 @@ def test_q_values_are_divided_by_a_temperature_that_follows_the_action_gap() -> 
     values = source.network(seen, "source").detach()
     best = values.sort(1, descending=True).values
     gap = float((best[:, 0] - best[:, 1]).mean())
-    temperature = policy_temperature(source.network, "source", seen)
+    temperature = policy_temperature(source.network, "source", seen, source.network.spec.output)
     assert temperature == pytest.approx(gap / math.log(2))  # the best twice as likely, a mean gap apart
     found = guide(source, vector(4, 3), Correspondence((0, 1, 2, 3), (0, 1, 2)), temperature).policy(seen)
     torch.testing.assert_close(found, torch.softmax(values / temperature, 1))
     # Whatever the rewards' scale.
     scale_head(source.network, "source", 100.0)
-    again = policy_temperature(source.network, "source", seen)
+    again = policy_temperature(source.network, "source", seen, source.network.spec.output)
     assert again == pytest.approx(100 * temperature)
-    assert policy_temperature(teacher().network, "source", seen) == 1
+    assert policy_temperature(teacher().network, "source", seen, "logits") == 1
 
 
 def test_equal_q_values_are_a_uniform_policy() -> None:
     source = teacher(output="q_values")
     scale_head(source.network, "source", 0.0)
-    temperature = policy_temperature(source.network, "source", observe())
+    temperature = policy_temperature(source.network, "source", observe(), source.network.spec.output)
     found = guide(source, vector(4, 2), SAME, temperature).policy(observe())
     torch.testing.assert_close(found, torch.full((9, 2), 0.5))
 

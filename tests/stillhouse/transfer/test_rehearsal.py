@@ -57,10 +57,9 @@ def prepared(
 def rehearse(
     network: MultiTaskNetwork, correspondence: Correspondence, rows: int = 64, weight: float = 2.0
 ) -> Rehearsal:
-    datasets = {"source-cartpole": Rows(4, 40), "source-other": Rows(6, 30)}
-    return Rehearsal(
-        network, "longer", cast(dict[str, Dataset], datasets), correspondence, rows, weight, seed=3
-    )
+    datasets = cast(dict[str, Dataset], {"source-cartpole": Rows(4, 40), "source-other": Rows(6, 30)})
+    output = network.spec.output
+    return Rehearsal(network, "longer", datasets, output, correspondence, rows, weight, seed=3)
 
 
 def divergences(student: MultiTaskNetwork, network: MultiTaskNetwork, turned: bool = False) -> Tensor:
@@ -68,7 +67,7 @@ def divergences(student: MultiTaskNetwork, network: MultiTaskNetwork, turned: bo
     found = []
     for name, entries, rows in (("cartpole", 4, 40), ("other", 6, 30)):
         seen = torch.from_numpy(Rows(entries, rows).all)
-        temperature = policy_temperature(student, name, seen)
+        temperature = policy_temperature(student, name, seen, student.spec.output)
         shown = seen[:, [1, 0, 2, 3]] if turned and entries == 4 else seen
         policy = torch.softmax(student(seen, name).detach() / temperature, 1)
         log_now = torch.log_softmax(network(shown, f"source-{name}") / temperature, 1)
