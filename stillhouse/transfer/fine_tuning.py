@@ -73,7 +73,7 @@ class FineTuneConfig(Config):
     freeze: list[str] = Field(
         default=[],
         max_length=100,
-        description="patterns of tensors that stay as they are for the whole budget",
+        description="patterns of tensors that stay as they are for the whole budget, in ways that take weights",
     )
     frozen_fraction: float = Field(
         default=0.2,

@@ -29,7 +29,7 @@ from tasks.fine_tune import Transfer, fine_tune
 from tasks.params import TransferParams
 from tasks.stage import Interrupted
 
-SIZE = {"features": 8, "torso": [6]}
+SIZE: dict[str, Any] = {"features": 8, "torso": [6]}
 ENVIRONMENTS: dict[str, Any] = {
     "cartpole": {"id": "CartPole-v1", "max_episode_steps": 50},
     "acrobot": {"id": "Acrobot-v1", "max_episode_steps": 20},

@@ -261,7 +261,7 @@ def test_more_actions_are_fresh_and_the_rest_the_sources() -> None:
     found = network(seen, "target")
     same(found[:, :2], source(seen, "one"))
     fresh = fresh_network(SIZE, "target", vector(4, 3), "logits", 3).heads["target"]
-    assert torch.equal(network.heads["target"].weight[2], fresh.weight[2])  # type: ignore[union-attr,index]
+    assert torch.equal(network.heads["target"].weight[2], fresh.weight[2])  # type: ignore[index]
     assert report.padded == ["heads.target.weight", "heads.target.bias"]
 
 

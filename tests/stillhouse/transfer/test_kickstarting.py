@@ -229,7 +229,7 @@ def test_the_divergence_is_reported() -> None:
     learner.guide = guide(teacher(), vector(4, 2), SAME)
     first = next(learner.train()).metrics["policy/guide_kl"]
     observations = torch.from_numpy(learner._rollout_observations).flatten(0, 1)
-    target = learner.guide.policy(observations)  # type: ignore[union-attr]
+    target = learner.guide.policy(observations)
     fresh = fresh_network(SIZE, "target", vector(4, 2), "logits", 0)
     log_policy = torch.log_softmax(fresh(observations, "target"), 1)
     assert first == pytest.approx(float((target * (target.log() - log_policy)).sum(1).mean()), rel=1e-3)

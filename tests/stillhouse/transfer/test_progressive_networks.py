@@ -80,11 +80,12 @@ def test_equation_2_by_hand(columns: int) -> None:
     seen = observe(VECTOR)
     x = seen.double().numpy()
     frozen = []
-    for each in network.columns:
-        adapter = each.adapters["vector_4"]  # type: ignore[index]
+    columns_of: Any = network.columns
+    for each in columns_of:
+        adapter = each.adapters["vector_4"]
         h1 = dense(adapter.dense, x, adapter.norm)
-        frozen.append((h1, dense(each.torso.dense[0], h1, each.torso.norm[0])))  # type: ignore[index,union-attr]
-    own = network.adapters["vector_4"]
+        frozen.append((h1, dense(each.torso.dense[0], h1, each.torso.norm[0])))
+    own: Any = network.adapters["vector_4"]
     h1 = dense(own.dense, x, own.norm)
 
     def lateral(index: int) -> np.ndarray:  # f(V [alpha_j h_j for j < k])
@@ -155,8 +156,8 @@ def test_without_its_laterals_weights_it_is_scratch() -> None:
     network = progressive(2)
     scratch = fresh_network(SIZE, "target", VECTOR, "q_values", 3)
     with torch.no_grad():
-        network.torso.dense[0].weight[:, 8:] = 0
-        network.heads["target"].weight[:, 6:] = 0
+        network.get_parameter("torso.dense.0.weight")[:, 8:] = 0
+        network.get_parameter("heads.target.weight")[:, 6:] = 0
     seen = observe(VECTOR)
     torch.testing.assert_close(network(seen, "target"), scratch(seen, "target"), rtol=0, atol=1e-6)
 

@@ -26,7 +26,7 @@ def column(seed: int = 7, torso: tuple[int, ...] = (6,)) -> Column:
 def two_columns() -> ProgressiveNetwork:
     network = progressive_network("target", CARTPOLE, "logits", [column(7), column(8)], 3, adapter_scale=1.0)
     with torch.no_grad():  # a policy that prefers something
-        network.heads["target"].weight.mul_(100)
+        network.get_parameter("heads.target.weight").mul_(100)
     return network
 
 
@@ -38,14 +38,14 @@ def test_fisher_information_of_a_linear_policy_by_hand() -> None:
     # Features are the observations' first layer; the head is linear in them and in the source's.
     network = feature_network("target", CARTPOLE, "logits", column(torso=()), seed=3)
     with torch.no_grad():
-        network.heads["target"].weight.mul_(100)
+        network.get_parameter("heads.target.weight").mul_(100)
     seen = observe()
     _, found = _fisher(network, "target", seen)
     features = (
         network.features(seen, "target").detach().double().numpy()
     )  # [B, 8 + 8], the new column's first
-    weight = network.heads["target"].weight.detach().double().numpy()
-    logits = features @ weight.T + network.heads["target"].bias.detach().double().numpy()
+    weight = network.get_parameter("heads.target.weight").detach().double().numpy()
+    logits = features @ weight.T + network.get_parameter("heads.target.bias").detach().double().numpy()
     policy = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     # d log pi(a) / d h = W_a - sum_b pi(b) W_b; squared, times the variance of h, under the policy.
     wanted = np.zeros(16)
@@ -111,7 +111,7 @@ def test_both_analyses_of_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_policy_that_reads_nothing_gives_finite_numbers() -> None:
     network = two_columns()
     with torch.no_grad():
-        network.heads["target"].weight.zero_()
+        network.get_parameter("heads.target.weight").zero_()
     environment = EnvironmentConfig(id="CartPole-v1", max_episode_steps=10)
     found = sensitivities(network, "target", environment, 2, seed=0)
     assert np.isfinite(np.array(list(found.values()))).all()
