@@ -219,8 +219,9 @@ def stages_of(params: Params) -> list[Stage]:
                 stages.append(
                     Stage(
                         name=stage_name("fine_tune", name, mode, one, seed),
-                        argv=python("fine_tune", name, "--mode", mode, "--seed", str(seed))
-                        + ["--sources", *read],
+                        argv=python(
+                            "fine_tune", name, "--mode", mode, "--seed", str(seed), "--sources", *read
+                        ),
                         deps=[
                             code("fine_tune", transfer.learner.algorithm),
                             *(
