@@ -93,6 +93,7 @@ def context(mode: str, source: str, block: dict[str, Any], target: str = "longer
         name=target,
         mode=mode,
         source=source,
+        sources=[entry for entry in given["sources"] if source in ("", entry.partition(".")[0])],
         seed=0,
         device="cpu",
         deps=[str(path) for path in Path("data").glob("*/*-s0")],
@@ -320,6 +321,15 @@ def test_a_q_head_is_not_fitted_where_something_is_missing(monkeypatch: pytest.M
     network, _ = target_network(source, "longer", transfer.spec, 0, "q_values", partly)
     assert transfer._fit_head(network, source, partly, report) is None
     assert transfer._fit_head(network, source, Correspondence((0, 1, 2, 3), (0, 1)), report) is not None
+
+
+@pytest.mark.parametrize(("algorithm", "logits"), [("pqn", True), ("pqn", False), ("ppo", False)])
+def test_what_is_rehearsed_is_what_the_source_gives(algorithm: str, logits: bool) -> None:
+    teachers()
+    block = {"learner": LEARNERS[algorithm]}
+    rehearsal = prepared("rehearsal", block, "logits" if logits else "q_values").rehearsal
+    # The learner's own outputs may be of the other kind.
+    assert all((tau == 1) == logits for tau in rehearsal._temperatures.values())
 
 
 def test_rehearsal_needs_a_way_that_is_left() -> None:
