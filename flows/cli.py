@@ -92,6 +92,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--student-share", type=float, default=0.0, metavar="X", help="student's share of the parameters"
     )
+    run.add_argument(
+        "--transfer",
+        default="suite",
+        metavar="WAY",
+        help="one way of transfer beside scratch: full, gradual, ...",
+    )
     run.add_argument("--device", default="suite", choices=["auto", "cpu", "cuda"], help="what computes")
     run.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any parameter; may be repeated"
@@ -325,7 +331,7 @@ def _with_prefect(checkout: Path, start: Callable[[], int], check: Callable[[], 
 def _overrides(arguments: argparse.Namespace) -> list[str]:
     from flows.distillation import flat_overrides
 
-    form = ("seeds", "budget", "loss", "temperature", "student_share", "device")
+    form = ("seeds", "budget", "loss", "temperature", "student_share", "transfer", "device")
     return [*flat_overrides(*(getattr(arguments, name) for name in form)), *arguments.set]
 
 
@@ -368,6 +374,7 @@ def _run_flow(arguments: argparse.Namespace) -> int:
         "loss": arguments.loss,
         "temperature": arguments.temperature,
         "student_share": arguments.student_share,
+        "transfer": arguments.transfer,
         "device": arguments.device,
         "set": arguments.set,
         "only": arguments.only_,

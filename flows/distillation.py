@@ -37,6 +37,24 @@ class Loss(StrEnum):
     mse = "mse"
 
 
+class Transfer(StrEnum):
+    """Ways of transfer."""
+
+    suite = "suite"
+    auto = "auto"
+    discriminative = "discriminative"
+    features = "features"
+    full = "full"
+    gradual = "gradual"
+    head_only = "head_only"
+    kickstart = "kickstart"
+    l2_sp = "l2_sp"
+    progressive_2 = "progressive_2"
+    progressive_3 = "progressive_3"
+    progressive_random = "progressive_random"
+    rehearsal = "rehearsal"
+
+
 class Device(StrEnum):
     """What computes."""
 
@@ -52,6 +70,7 @@ def run_name() -> str:
     asked: dict[str, Any] = flow_run.parameters
     parts = [str(asked.get("suite", ""))]
     parts += [str(asked["loss"])] if asked.get("loss", "suite") != "suite" else []
+    parts += [str(asked["transfer"])] if asked.get("transfer", "suite") != "suite" else []
     parts += [f"{asked['seeds']}-seeds"] if asked.get("seeds") else []
     parts += [f"budget-{asked['budget']:g}"] if asked.get("budget", 1.0) != 1.0 else []
     parts += ["set"] if asked.get("set") else []
@@ -72,6 +91,7 @@ def distillation(
     loss: Loss = Loss.suite,
     temperature: Annotated[float, Field(ge=0, le=1000)] = 0.0,
     student_share: Annotated[float, Field(ge=0, le=1)] = 0.0,
+    transfer: Transfer = Transfer.suite,
     device: Device = Device.suite,
     set: Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=200)] = [],  # noqa: B006 - Prefect's form wants a plain default; it is not changed
     only: Words = [],  # noqa: B006
@@ -96,6 +116,7 @@ def distillation(
         loss: The students' loss.
         temperature: Divides the teachers' outputs in the KL loss. With 0: the suite's own.
         student_share: A student's parameters, at most so large a share of its teachers' together. With 0: the suite's own.
+        transfer: One way of transfer, beside training from scratch, in place of the suite's own.
         device: What computes.
         set: Any other parameter, as key=value, for example train_teacher.cartpole.gamma=0.98
         only: Run only these: stages (* allowed), families (train_teacher, ...) or environments.
@@ -108,7 +129,10 @@ def distillation(
         exchange: Workers share this host's folders, or only a git remote and a DVC remote.
         revision: Git revision to run. Empty: the checkout as it is, edits included.
     """
-    overrides = [*flat_overrides(seeds, budget, loss.value, temperature, student_share, device.value), *set]
+    asked = flat_overrides(
+        seeds, budget, loss.value, temperature, student_share, transfer.value, device.value
+    )
+    overrides = [*asked, *set]
     try:
         if revision.startswith("-"):
             raise StillhouseError(f"revision: {revision!r} is not a git revision")
@@ -149,7 +173,13 @@ def run_id(name: str, identifier: str) -> str:
 
 
 def flat_overrides(
-    seeds: int, budget: float, loss: str, temperature: float, student_share: float, device: str
+    seeds: int,
+    budget: float,
+    loss: str,
+    temperature: float,
+    student_share: float,
+    transfer: str,
+    device: str,
 ) -> list[str]:
     """The form's fields as ``key=value``, where they differ from "the suite's own"."""
     return (
@@ -158,6 +188,7 @@ def flat_overrides(
         + ([f"distill_student.loss={loss}"] if loss != "suite" else [])
         + ([f"distill_student.temperature={temperature}"] if temperature else [])
         + ([f"distill_student.parameter_fraction={student_share}"] if student_share else [])
+        + ([f"fine_tune.modes=[{transfer}, scratch]"] if transfer != "suite" else [])
         + ([f"device={device}"] if device != "suite" else [])
     )
 

@@ -44,7 +44,9 @@ def near(name: str, names: list[str]) -> str:
 
 def _one_line(cls: type[BaseModel], error: ValidationError, where: str) -> str:
     first = error.errors(include_url=False)[0]
-    path = ".".join([part for part in [where] if part] + [str(part) for part in first["loc"]])
+    path = ".".join(
+        [part for part in [where] if part] + [str(part) for part in first["loc"] if "[" not in str(part)]
+    )
     if first["type"] == "extra_forbidden":
         fields = sorted(_fields_at(cls, first["loc"][:-1]))
         return (
@@ -53,9 +55,11 @@ def _one_line(cls: type[BaseModel], error: ValidationError, where: str) -> str:
     if first["type"] == "missing":
         return f"{path}: this parameter is required"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    message = first["msg"].removeprefix("Value error, ")
+    if isinstance(first["input"], dict):  # a rule of the whole, which names what it is about
+        return f"{path}: {message}{more}" if path else f"{message}{more}"
     given = repr(first["input"])
     given = given if len(given) <= 80 else given[:77] + "..."
-    message = first["msg"].removeprefix("Value error, ")
     return f"{path or cls.__name__}: {message}, but {given} was given{more}"
 
 
