@@ -265,7 +265,7 @@ def target_network(
         take: patterns of the names of tensors that may be taken, as in ``fnmatch``.
 
     Raises:
-        StillhouseError: a pattern matches no tensor that could be taken.
+        StillhouseError: nothing can be taken, or a pattern matches nothing that can.
     """
     size = source.network.spec.size.model_copy(
         update={"share_head": False}
@@ -301,6 +301,11 @@ def target_network(
                 value = torch.zeros_like(tensor)
             getattr(report, kind).append(key)
             own[key].copy_(value)
+    if not possible:
+        raise StillhouseError(
+            f"{name}: nothing of {source.name!r} fits the target: it has no torso, and its adapters take other observations than "
+            f"{environment.observation.key}; say in components which is which, or choose another source"
+        )
     check_patterns("take", take, possible)
     return network, report
 

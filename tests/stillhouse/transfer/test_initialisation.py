@@ -397,3 +397,10 @@ def test_observations_are_shown_by_hand() -> None:
     assert torch.equal(turned[:, 0], grid[..., 1]) and not turned[:, 1].any()
     back = show(turned, (0,), planes(2, first=True).observation, planes(1).observation)
     assert torch.equal(back[..., 0], grid[..., 1])
+
+
+def test_a_source_of_which_nothing_fits_is_refused() -> None:
+    bare = NetworkSize(features=16)  # no torso
+    network = build_network(NetworkSpec(size=bare, environments={"one": vector(4)}, output="q_values"), 0)
+    with pytest.raises(StillhouseError, match="nothing of 'small' fits the target"):
+        target_network(Source("small", network, ""), "target", vector(6), 0)
