@@ -464,20 +464,20 @@ def _transfer_section(results: Results, summary: Summary) -> str:
             "Return of greedy play on the target",
             "env steps",
             [("random", random)],
-            size=(470, 280 + 14 * max(0, len(lines) - 6)),
+            size=(900, 280 + 14 * max(0, len(lines) - 10)),
         )
         sources = ", ".join(f"<code>{escape(entry)}</code>" for entry in settings["sources"])
         cards.append(
             f'<article><h3>{escape(target)} <span class="id">{escape(results.ids[target])}</span></h3>'
             f'<p class="lead small">From {sources}</p>'
-            f'<div class="pair">{chart}<div>{_transfer_table(rows, colours)}{_tensors(results.transfer[target])}</div></div>'
+            f"{chart}{_transfer_table(rows, colours)}{_tensors(results.transfer[target])}"
             "</article>"
         )
     lead = (
         "What was learnt before, moved to environments it was not learnt in, against the same network from scratch with the same "
         "budget of env steps. The sources’ own training and collection (above) come on top."
     )
-    content = f'{_heat_map(summary)}<div class="cards">{"".join(cards)}</div>'
+    content = f'<div class="cards">{_heat_map(summary)}{"".join(cards)}</div>'
     return _section("Transfer", lead, content, "transfer")
 
 
@@ -502,12 +502,13 @@ def _heat_map(summary: Summary) -> str:
     for way in ways:
         cells = "".join(_heat_cell(found.get((way, target))) for target in targets)
         body.append(f'<tr><th scope="row">{escape(way)}</th>{cells}</tr>')
-    return _table(
+    table = _table(
         ["Way and source", *map(escape, targets)],
         body,
         "Transfer score: the area under the curve above random play, over scratch’s; below 1, what was carried over did harm. "
         "Δ: scratch is not above random play there, so areas are subtracted.",
     )
+    return f"<article>{table}</article>"
 
 
 def _heat_cell(row: TransferRow | None) -> str:
@@ -667,7 +668,6 @@ margin-left:auto}
 thead .ends text{font-size:12px}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(300px,1fr));gap:22px 26px;margin:0 0 28px}
 .cards{display:grid;gap:22px}
-.pair{display:grid;grid-template-columns:minmax(0,8fr) minmax(0,10fr);gap:18px 34px}.pair>*{min-width:0}
 article{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:22px 24px;min-width:0}
 article h3{margin-top:0}article table{font-size:13.5px}article .note{font-size:12.5px}
 article th,article td{padding:8px 10px 8px 0}article .spread{font-size:11.5px}
@@ -683,7 +683,7 @@ svg path{fill:none}.grid{stroke:var(--grid)}.rule{stroke:var(--faint);stroke-das
 .c-violet{stroke:var(--violet)}.c-gold{stroke:var(--gold)}.c-rose{stroke:var(--rose)}.c-sky{stroke:var(--sky)}
 svg .f-violet{fill:var(--violet)}svg .f-gold{fill:var(--gold)}svg .f-rose{fill:var(--rose)}svg .f-sky{fill:var(--sky)}
 .f-violet{color:var(--violet)}.f-gold{color:var(--gold)}.f-rose{color:var(--rose)}.f-sky{color:var(--sky)}
-.f-teacher{color:var(--teacher)}.heat{border-left:1px solid var(--paper)}
+.f-teacher{color:var(--teacher)}.heat{border-left:1px solid var(--paper);padding-right:10px}
 svg .f-student{fill:var(--student)}svg .f-teacher{fill:var(--teacher)}svg .f-green{fill:var(--green)}
 svg .f-grey{fill:var(--grey)}
 .f-student{color:var(--student)}.f-green{color:var(--green)}.f-grey{color:var(--grey)}
@@ -703,7 +703,6 @@ dd code{background:var(--wash);border-radius:4px;padding:2px 6px;white-space:now
 .versions{display:flex;flex-wrap:wrap;gap:12px 32px;margin:14px 0 6px}.versions dt{color:var(--soft);font-size:13px}
 .versions dd{margin:0;font-variant-numeric:tabular-nums}
 .hashes{font-size:13px;margin-top:10px}.hashes td{padding:5px 14px 5px 0}
-@media (max-width:900px){.pair{grid-template-columns:minmax(0,1fr)}}
 @media (max-width:640px){main{padding:36px 18px 64px}section{margin-top:48px}article{padding:18px}}
 @media print{body{background:#fff}main{max-width:none;padding:0}article{break-inside:avoid}}
 """
