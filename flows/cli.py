@@ -12,6 +12,7 @@ import sys
 import tempfile
 import webbrowser
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -294,7 +295,10 @@ def _run(arguments: argparse.Namespace) -> int:
         elif not arguments.revision:
             plan(checkout, arguments.suite, overrides, "--dry-run")
 
-    return _with_prefect(checkout, lambda: _run_flow(arguments), check)
+    # Prefect takes longer to import than the planner's process takes to plan.
+    with ThreadPoolExecutor(1) as beside:
+        checked = beside.submit(check)
+        return _with_prefect(checkout, lambda: _run_flow(arguments), checked.result)
 
 
 def _with_prefect(checkout: Path, start: Callable[[], int], check: Callable[[], object]) -> int:
@@ -318,6 +322,7 @@ def _with_prefect(checkout: Path, start: Callable[[], int], check: Callable[[], 
     if url := PREFECT_API_URL.value() or api_url(checkout):
         with temporary_settings({PREFECT_API_URL: url}):
             _check_server(url)
+            check()
             return start()
     with PrivateServer(checkout) as server:
         check()  # a mistake in the parameters shows while the server starts, and before anything is done
@@ -329,7 +334,7 @@ def _with_prefect(checkout: Path, start: Callable[[], int], check: Callable[[], 
 
 
 def _overrides(arguments: argparse.Namespace) -> list[str]:
-    from flows.distillation import flat_overrides
+    from flows.form import flat_overrides
 
     form = ("seeds", "budget", "loss", "temperature", "student_share", "transfer", "device")
     return [*flat_overrides(*(getattr(arguments, name) for name in form)), *arguments.set]

@@ -17,6 +17,7 @@ from pydantic import Field
 from rich.markup import escape
 
 from flows.display import console
+from flows.form import flat_overrides
 from flows.graph import Outcome, run_graph
 from flows.results import publish, run_facts, show
 from flows.runners import Address, Cluster, Exchange, Runner
@@ -170,27 +171,6 @@ def run_id(name: str, identifier: str) -> str:
     # "Retry" in the UI starts the same run again; what the earlier attempt has left keeps its own name.
     attempt = f"-{flow_run.run_count}" if (flow_run.run_count or 1) > 1 else ""
     return re.sub(r"[^a-z0-9-]", "-", f"{name}-{identifier[:6]}{attempt}".lower())
-
-
-def flat_overrides(
-    seeds: int,
-    budget: float,
-    loss: str,
-    temperature: float,
-    student_share: float,
-    transfer: str,
-    device: str,
-) -> list[str]:
-    """The form's fields as ``key=value``, where they differ from "the suite's own"."""
-    return (
-        ([f"seeds={list(range(seeds))}"] if seeds else [])
-        + ([f"budget={budget}"] if budget != 1.0 else [])
-        + ([f"distill_student.loss={loss}"] if loss != "suite" else [])
-        + ([f"distill_student.temperature={temperature}"] if temperature else [])
-        + ([f"distill_student.parameter_fraction={student_share}"] if student_share else [])
-        + ([f"fine_tune.modes=[{transfer}, scratch]"] if transfer != "suite" else [])
-        + ([f"device={device}"] if device != "suite" else [])
-    )
 
 
 def _run(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import get_args
 
-from flows.distillation import Transfer, flat_overrides
+from flows.distillation import Transfer
+from flows.form import flat_overrides
 from stillhouse.transfer.fine_tuning import Mode
 
 
