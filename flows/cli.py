@@ -206,6 +206,9 @@ def _parser() -> argparse.ArgumentParser:
         "put a student into production, with its teachers: a commit of data/production.dvc",
     )
     put.add_argument("student", help="as in data/students/, for example small-s0")
+    put.add_argument(
+        "--run", default="", metavar="NAME", help="of a run whose worktree is kept (default: the checkout)"
+    )
     again = command(
         "retrain",
         _retrain,
@@ -469,7 +472,7 @@ def _promote(arguments: argparse.Namespace) -> int:
 
     checkout = find_checkout(Path.cwd())
     with in_checkout(checkout):
-        commit = promote_by_hand(checkout, arguments.student)
+        commit = promote_by_hand(checkout, arguments.student, arguments.run)
     print(f"{arguments.student} is in production: commit {commit}")
     return 0
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows.workspace import PRIVATE, git, own_worktree, remove_worktree
+from flows.workspace import PRIVATE, git, own_worktree, remove_worktree, worktrees
 from stillhouse.config import near, parse
 from stillhouse.errors import StillhouseError
 from stillhouse.files import check_folder, write_atomic
@@ -172,18 +172,33 @@ def rollback(checkout: Path, generation: int = -1) -> tuple[int, str]:
         )
 
 
-def promote_by_hand(checkout: Path, name: str) -> str:
-    """Put a student of the checkout's own ``data/`` into production, with its teachers: generation 0, or the next.
+def _run_folder(checkout: Path, run: str) -> Path:
+    kept = {path.name: path for path in worktrees(checkout)}
+    if run not in kept:
+        raise StillhouseError(
+            f"{run!r} is no run whose worktree is kept{near(run, list(kept))}; there are {', '.join(kept) or 'none'}"
+        )
+    return kept[run]
+
+
+def promote_by_hand(checkout: Path, name: str, run: str = "") -> str:
+    """Put a student into production, with its teachers: generation 0, or the next.
+
+    Args:
+        checkout: where the commit is made.
+        name: of the student, as in ``data/students/``.
+        run: of the worktree that it lies in, one of ``.stillhouse/worktrees/``; "": the checkout itself.
 
     Returns:
         The commit.
 
     Raises:
-        StillhouseError: no such student, something of it is missing, or the checkout is not ready for a commit.
+        StillhouseError: no such student or run, something of it is missing, or the checkout is not ready for a commit.
     """
+    source = _run_folder(checkout, run) if run else checkout
     found = {
         path.name: match
-        for path in sorted((checkout / "data/students").glob("*"))
+        for path in sorted((source / "data/students").glob("*"))
         if path.is_dir() and (match := re.fullmatch(r"(.+)-s([0-9]+)", path.name))
     }
     if name not in found:
@@ -192,20 +207,21 @@ def promote_by_hand(checkout: Path, name: str) -> str:
         )
     with one_at_a_time(checkout):
         start = standing(checkout)
-        params = read_params(checkout)
+        params = read_params(source)
         generation = next_generation(checkout) if _known(checkout) else 0
         given = {
             "generation": generation,
             "suite": params["suite"],
             "student": found[name][1],
             "seed": int(found[name][2]),
-            "environments": sorted(describe_student(checkout, name).get("environments", {})),
+            "environments": sorted(describe_student(source, name).get("environments", {})),
             "params": params,
         }
         about = parse(Production, given, f"data/students/{name}")
         # A worktree of its own, so that nothing changes here unless all goes well.
         with own_worktree(checkout, f"promotion-{os.getpid()}", start.commit) as workspace:
-            commit = promote(checkout, start, checkout, workspace, about, "By hand.")
+            why = f"By hand, of run {run}." if run else "By hand."
+            commit = promote(checkout, start, source, workspace, about, why)
         remove_worktree(checkout, workspace)
         return commit
 

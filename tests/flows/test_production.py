@@ -125,8 +125,26 @@ def generation() -> int:
     return read_production().generation
 
 
+def weights_of(root: Path) -> str:
+    return json.loads((root / "data/students/small-s0/weights.json").read_text())
+
+
 def weights() -> str:
     return json.loads(Path("data/production/students/small/weights.json").read_text())
+
+
+def test_a_candidate_is_promoted_from_the_worktree_that_was_kept(checkout: Path) -> None:
+    first = weights_of(checkout)
+    kept = make_worktree(checkout, "candidate", "HEAD")
+    with contextlib.chdir(kept):
+        train("candidate")
+    with unchanged(r"'candidat' is no run whose worktree is kept \(did you mean 'candidate'"):
+        promote_by_hand(checkout, "small-s0", "candidat")
+    promote_by_hand(checkout, "small-s0", "candidate")
+    assert weights() != first
+    assert weights() == weights_of(kept)
+    assert weights_of(checkout) == first  # the checkout's own student is as it was
+    assert "of run candidate" in git("log", "-1", "--format=%b")
 
 
 def test_no_number_is_used_twice_and_what_else_is_edited_stays(checkout: Path) -> None:
