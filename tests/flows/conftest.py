@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,14 @@ def prefect_harness() -> Iterator[None]:
 
     with prefect_test_harness(server_startup_timeout=120):
         yield
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_stopped() -> Iterator[None]:
+    """A process runs one flow; tests run many in theirs, and one that was stopped must not stop the next one's stages."""
+    yield
+    if module := sys.modules.get("tasks.run_stage"):
+        module.stop_all.clear()
 
 
 @pytest.fixture
