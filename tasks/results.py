@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -208,7 +208,7 @@ def _transfer(results: Results, target: str) -> list[TransferRow]:
             compare(curve_of(run), curve_of(scratch), scratch["random_return"])
             for run, scratch in zip(runs, modes.get("scratch", {}).values(), strict=False)
         ]
-        kept = [_retention(run) for run in runs if run["retention"]]
+        kept = [retention(run["retention"]) for run in runs if run["retention"]]
         # One scale for all seeds: a mean of ratios and differences would mean nothing.
         ratio = all(pair.score_kind == "ratio" for pair in pairs)
         rows.append(
@@ -232,12 +232,16 @@ def _transfer(results: Results, target: str) -> list[TransferRow]:
     return rows
 
 
-def _retention(run: Run) -> float:
+def retention(environments: Mapping[str, Mapping[str, float]]) -> float:
     """Mean over a source's environments of the score after, where before is 1 and random play 0; what was never above random
-    play is left out."""
+    play is left out.
+
+    Args:
+        environments: of each the mean returns ``random``, ``before`` and ``after``.
+    """
     scores = [
         (found["after"] - found["random"]) / (found["before"] - found["random"])
-        for found in run["retention"].values()
+        for found in environments.values()
         if found["before"] > found["random"]
     ]
     return float(np.mean(scores)) if scores else math.nan

@@ -12,6 +12,7 @@ import numpy as np
 
 from stillhouse.evaluation.statistics import estimate, mean
 from stillhouse.transfer.metrics import Curve, area_under_curve, steps_to_reach
+from tasks.results import retention
 from tasks.results_page import table, text
 
 FOLDER = Path("benchmarks/results/transfer")
@@ -110,7 +111,7 @@ def targets_of(result: Mapping[str, Any]) -> list[Target]:
                 source=way["source"],
                 curves=[Curve(np.array(run["env_steps"]), np.array(run["returns"])) for run in way["runs"]],
                 test=[run["test"] for run in way["runs"]],
-                retention=[_retention(run["retention"]) for run in way["runs"] if "retention" in run],
+                retention=[retention(run["retention"]) for run in way["runs"] if "retention" in run],
                 chosen=[run["choice"]["chosen"] for run in way["runs"] if "choice" in run],
                 sensitivity=[run["sensitivity"] for run in way["runs"] if "sensitivity" in run],
             )
@@ -127,15 +128,6 @@ def targets_of(result: Mapping[str, Any]) -> list[Target]:
             )
         )
     return found
-
-
-def _retention(environments: Mapping[str, Mapping[str, float]]) -> float:
-    scores = [
-        (found["after"] - found["random"]) / (found["before"] - found["random"])
-        for found in environments.values()
-        if found["before"] > found["random"]
-    ]
-    return float(np.mean(scores)) if scores else math.nan
 
 
 def _over(values: Sequence[float] | np.ndarray, form: str = ".2f") -> str:
@@ -174,16 +166,16 @@ def render(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _baselines(targets: list[Target], seeds: int) -> list[str]:
     """The soup in the manner of the paper's table 1."""
-    soup = [target for target in targets if "progressive_3" in target.ways and target.has_ratio]
+    soup = [
+        target
+        for target in targets
+        if target.has_ratio and set(BASELINES) <= {way.mode for way in target.ways.values()}
+    ]
     if not soup:
         return []
     rows = []
     for mode, what in BASELINES.items():
-        columns = [
-            np.mean([target.scores(way.name) for way in target.ways.values() if way.mode == mode], axis=0)
-            for target in soup
-        ]
-        matrix = np.stack(columns, 1)  # [seeds, targets], mean over sources
+        matrix = _soup_scores(soup, mode)
         tops = [
             np.mean([target.top(way.name) for way in target.ways.values() if way.mode == mode])
             for target in soup
@@ -218,17 +210,16 @@ def _baselines(targets: list[Target], seeds: int) -> list[str]:
     ]
 
 
+def _soup_scores(soup: list[Target], mode: str) -> np.ndarray:
+    """A baseline's transfer scores, mean over its sources, [seeds, targets]."""
+    columns = [
+        [target.scores(way.name) for way in target.ways.values() if way.mode == mode] for target in soup
+    ]
+    return np.stack([np.mean(scores, axis=0) for scores in columns], 1)
+
+
 def _against(soup: list[Target]) -> list[str]:
     """Differences that the paper's pattern rests on, with their intervals."""
-
-    def scores(mode: str) -> np.ndarray:
-        return np.stack(
-            [
-                np.mean([target.scores(way.name) for way in target.ways.values() if way.mode == mode], axis=0)
-                for target in soup
-            ],
-            1,
-        )
 
     lines = []
     for first, second in (
@@ -236,7 +227,7 @@ def _against(soup: list[Target]) -> list[str]:
         ("progressive_2", "full"),
         ("progressive_3", "progressive_2"),
     ):
-        difference = estimate(mean, scores(first) - scores(second), seed=0)
+        difference = estimate(mean, _soup_scores(soup, first) - _soup_scores(soup, second), seed=0)
         lines.append(f"- {BASELINES[first]}, less {BASELINES[second]}: {text(difference, '+.2f')}")
     return [*lines, ""]
 

@@ -7,8 +7,7 @@ while it begins to learn.
 
 Deviations from the paper:
 
-1. lambda falls linearly over a part of the budget; the paper lets population-based training choose it. (Its section 4.1 compares with
-   fixed linear schedules.)
+1. lambda falls linearly over a part of the budget; the paper lets population-based training choose it.
 2. The base is PPO, not IMPALA: the divergence is averaged over the minibatches of each rollout, the states of which are the student's.
 3. The KL, not the cross-entropy: they differ by the teacher's entropy, which is constant in the student.
 4. A teacher of Q-values is a policy through softmax(Q / tau), with tau from its mean action gap
