@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -137,6 +138,7 @@ class Learner(Protocol):
     learning_rate: float  # of the present round's updates
     env_steps: int
     episodes: int
+    recent_returns: deque[float]  # of the last episodes
 
     def train(self) -> Iterator[Report]:
         """Act and learn until the budget is spent."""

@@ -9,10 +9,11 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_serializer, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from stillhouse.agents import OUTPUTS
 from stillhouse.agents.dqn import DQNConfig
 from stillhouse.agents.ppo import PPOConfig
 from stillhouse.agents.pqn import PQNConfig
@@ -25,7 +26,9 @@ from stillhouse.envs.make import EnvironmentConfig, describe
 from stillhouse.envs.names import action_names, component_names
 from stillhouse.errors import StillhouseError
 from stillhouse.evaluation.rollouts import EvaluationConfig
+from stillhouse.multi_task.balancing import check_balancing
 from stillhouse.multi_task.hard_sharing import HardSharingConfig
+from stillhouse.multi_task.soft_sharing import SoftSharingConfig
 from stillhouse.transfer.fine_tuning import FineTuneConfig, Mode
 from stillhouse.transfer.initialisation import Labels, correspond
 from stillhouse.types import EnvironmentSpec, environment_spec
@@ -54,9 +57,21 @@ def _source(entry: str) -> str:
     return entry
 
 
+def _without_network(learner: Any) -> Any:
+    if isinstance(learner, dict) and "network" in learner:
+        raise ValueError("a learner without 'network' is allowed: the network is not its own")
+    return learner
+
+
 Name = Annotated[str, AfterValidator(_slug)]
 Names = Annotated[list[Name], Field(min_length=1, max_length=1000)]
 TeacherConfig = Annotated[DQNConfig | PQNConfig | PPOConfig, Field(discriminator="algorithm")]
+# An algorithm for a network that is given.
+LearnerConfig = Annotated[
+    TeacherConfig,
+    BeforeValidator(_without_network),
+    PlainSerializer(lambda learner: learner.model_dump(mode="json", exclude={"network"})),
+]
 
 
 class CollectParams(CollectConfig):
@@ -98,10 +113,22 @@ STUDENTS: dict[str, type[Config]] = {
 StudentParams = Annotated[OfflineParams | OnPolicyParams | OnlineParams, Field(discriminator="method")]
 
 
-class MultiTaskParams(HardSharingConfig):
+class HardSharingParams(HardSharingConfig):
     """A network that learns several environments at once, without teachers."""
 
     environments: Names
+    learner: LearnerConfig
+
+
+class SoftSharingParams(SoftSharingConfig):
+    """Networks that learn an environment each, tied to each other."""
+
+    environments: Names
+    learner: LearnerConfig
+
+
+MULTI_TASK: dict[str, type[Config]] = {"hard_sharing": HardSharingParams, "soft_sharing": SoftSharingParams}
+MultiTaskParams = Annotated[HardSharingParams | SoftSharingParams, Field(discriminator="method")]
 
 
 SourceName = Annotated[str, AfterValidator(_source)]
@@ -124,18 +151,7 @@ class TransferParams(FineTuneConfig):
         min_length=1,
         description="ways of transfer; scratch is what they are judged against",
     )
-    learner: TeacherConfig
-
-    @field_validator("learner", mode="before")
-    @classmethod
-    def _network_is_the_students(cls, learner: Any) -> Any:
-        if isinstance(learner, dict) and "network" in learner:
-            raise ValueError("a learner without 'network' is allowed: the network is the student's")
-        return learner
-
-    @field_serializer("learner")
-    def _without_network(self, learner: Any) -> dict[str, Any]:
-        return learner.model_dump(mode="json", exclude={"network"})
+    learner: LearnerConfig
 
 
 class RetrainingParams(Config):
@@ -210,9 +226,9 @@ class Params(Config):
         for name, joint in self.train_multi_task.items():
             for source in joint.environments:
                 check(source, teachers, f"train_multi_task.{name}.environments", "environment with a teacher")
-            for field in ("weights", "reward_scales"):
+            for field in ("weights", "reward_scales", "reference_returns"):
                 where = f"train_multi_task.{name}.{field}"
-                for source in getattr(joint, field):
+                for source in getattr(joint, field, {}):  # soft sharing balances nothing
                     check(source, joint.environments, where, "environment of this network")
         for name, transfer in self.fine_tune.items():
             check(name, environments, "fine_tune", "environment")
@@ -354,14 +370,16 @@ def load_pipeline() -> Params:
 
 
 def _completed(data: dict[str, Any]) -> dict[str, Any]:
-    """Every teacher has a dataset block: an absent one is one of defaults. Students are distilled offline by default."""
+    """Every teacher has a dataset block: an absent one is one of defaults. Students are distilled offline, and joint networks share
+    hard, by default.
+    """
     teachers, collect = data.get("train_teacher"), data.get("collect_dataset") or {}
     if isinstance(teachers, dict) and isinstance(collect, dict):
         data = {**data, "collect_dataset": {**{name: {} for name in teachers}, **collect}}
-    students = data.get("distill_student")
-    if isinstance(students, dict) and all(isinstance(block, dict) for block in students.values()):
-        blocks = {name: {"method": "offline", **block} for name, block in students.items()}
-        data = {**data, "distill_student": blocks}
+    for verb, method in (("distill_student", "offline"), ("train_multi_task", "hard_sharing")):
+        found = data.get(verb)
+        if isinstance(found, dict) and all(isinstance(block, dict) for block in found.values()):
+            data = {**data, verb: {name: {"method": method, **block} for name, block in found.items()}}
     return data
 
 
@@ -430,6 +448,8 @@ def apply_override(data: dict[str, Any], key: str, value: Any) -> None:
             if path[-1] == "method" and value in STUDENTS:
                 kept = {"environments", "loss", "temperature", "updates", "size", "parameter_fraction"}
                 kept &= set(STUDENTS[value].model_fields)
+            elif path[-1] == "method" and value in MULTI_TASK:
+                kept = {"environments", "learner", "reward_scales", "when_diverging"}
             for field in set(block) - kept:
                 del block[field]
         block[path[-1]] = value
@@ -448,8 +468,11 @@ def _scaled(data: dict[str, Any], budget: float) -> dict[str, Any]:
     if budget != 1.0:
         learners = [
             *data["train_teacher"].values(),
-            *data["train_multi_task"].values(),
-            *(block["learner"] for block in data["fine_tune"].values()),
+            *(
+                block["learner"]
+                for verb in ("train_multi_task", "fine_tune")
+                for block in data[verb].values()
+            ),
         ]
         for block, field in [(x, "env_steps") for x in learners] + [
             (x, "updates") for x in data["distill_student"].values()
@@ -485,6 +508,10 @@ def check_environments(params: Params) -> None:
         name: environment_spec(*describe(params.environments[name]), name)
         for name in sorted({*params.train_teacher, *params.fine_tune})
     }
+    for name, joint in params.train_multi_task.items():
+        if joint.method == "hard_sharing":
+            output = OUTPUTS[joint.learner.algorithm]
+            check_balancing(joint, joint.environments, output, f"train_multi_task.{name}.")
     for name, transfer in params.fine_tune.items():
         target = params.environments[name]
         for entry in transfer.sources:

@@ -250,6 +250,11 @@ class PQN:
         """Ended so far."""
         return self.rollout.episodes
 
+    @property
+    def recent_returns(self) -> deque[float]:
+        """Of the last 100 episodes."""
+        return self.rollout.recent_returns
+
     def train(self) -> Iterator[Report]:
         """Act and learn until the budget is spent; a report per rollout.
 

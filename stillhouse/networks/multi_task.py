@@ -2,7 +2,8 @@
 
 A teacher is the case of one environment. Equal observation shapes share an adapter; with ``share_planes`` all planes of
 equal sides share everything but the first convolution. With ``share_head`` there is one head, as wide as the largest
-action set, of which every environment reads its first actions; the others are masked out of it.
+action set, of which every environment reads its first actions; the others are masked out of it. With ``separate`` nothing is
+shared: every environment has a whole network of its own, and the one around them keeps them together.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Self, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -48,6 +49,15 @@ class NetworkSize(Config):
     )
     torso: tuple[int, ...] = Field(default=(), max_length=16, description="widths of the shared dense layers")
     layer_norm: bool = Field(default=False, description="normalise after every layer but the heads")
+    separate: bool = Field(
+        default=False, description="a network of its own for every environment: they share nothing"
+    )
+
+    @model_validator(mode="after")
+    def _separate_shares_nothing(self) -> Self:
+        if self.separate and (self.share_planes or self.share_head):
+            raise ValueError("separate networks share nothing: share_planes and share_head must be false")
+        return self
 
 
 class NetworkSpec(Config):
@@ -96,7 +106,14 @@ class MultiTaskNetwork(nn.Module):
         self.adapters = nn.ModuleDict()
         self.bodies = nn.ModuleDict()
         self.heads = nn.ModuleDict()
+        self.networks = nn.ModuleDict()
         self._routes: dict[str, _Route] = {}
+        if size.separate:
+            alone = size.model_copy(update={"separate": False})
+            for name, environment in spec.environments.items():
+                own = NetworkSpec(size=alone, environments={name: environment}, output=spec.output)
+                self.networks[name] = MultiTaskNetwork(own)
+            return
         widths = (size.conv_channels, size.features, size.layer_norm)
         for name, environment in spec.environments.items():
             observation = environment.observation
@@ -121,18 +138,28 @@ class MultiTaskNetwork(nn.Module):
                     self.torso.outputs, widest if size.share_head else environment.actions
                 )
 
+    def of(self, environment: str) -> MultiTaskNetwork:
+        """The network on an environment's way: with ``separate`` its own, else this one."""
+        return cast(MultiTaskNetwork, self.networks[environment]) if self.spec.size.separate else self
+
     @property
     def feature_count(self) -> int:
         """Width of what :meth:`features` gives."""
+        if self.spec.size.separate:
+            return self.of(next(iter(self.spec.environments))).feature_count
         return self.torso.outputs
 
     def layers(self, environment: str) -> list[Callable[[Tensor], Tensor]]:
         """The way to the features, layer by layer: the first takes raw observations, each gives [B, n]."""
+        if self.spec.size.separate:
+            return self.of(environment).layers(environment)
         torso = [partial(self.torso.layer, index) for index in range(len(self.torso.dense))]
         return [*self._way_in(environment).values(), *torso]
 
     def layer_forms(self, environment: str) -> list[tuple[int, int]]:
         """Of each layer, the maps and the positions of each; a dense layer's units are maps of one position."""
+        if self.spec.size.separate:
+            return self.of(environment).layer_forms(environment)
         forms = [
             (part.maps, part.outputs // part.maps)
             for part in self._way_in(environment).values()
@@ -142,6 +169,9 @@ class MultiTaskNetwork(nn.Module):
 
     def layer_names(self, environment: str) -> list[list[str]]:
         """The parameters on an environment's way, layer by layer from the observations to the head."""
+        if self.spec.size.separate:
+            own = self.of(environment).layer_names(environment)
+            return [[f"networks.{environment}.{name}" for name in layer] for layer in own]
         groups: list[tuple[str, ...]] = [(f"{prefix}.",) for prefix in self._way_in(environment)]
         groups += [(f"torso.dense.{i}.", f"torso.norm.{i}.") for i in range(len(self.torso.dense))]
         groups.append((f"heads.{self._routes[environment].head}.",))
@@ -159,6 +189,8 @@ class MultiTaskNetwork(nn.Module):
 
     def features(self, observations: Tensor, environment: str) -> Tensor:
         """The torso's output, [B, last width], for raw observations [B, ...]."""
+        if self.spec.size.separate:
+            return self.of(environment).features(observations, environment)
         route = self._routes[environment]
         adapted = self.adapters[route.adapter](observations)
         if route.body:
@@ -168,6 +200,8 @@ class MultiTaskNetwork(nn.Module):
 
     def head(self, features: Tensor, environment: str) -> Tensor:
         """The outputs [B, A] for the torso's features [B, last width]."""
+        if self.spec.size.separate:
+            return self.of(environment).head(features, environment)
         outputs: Tensor = self.heads[self._routes[environment].head](features)
         if self.spec.size.share_head:
             outputs = outputs[:, : self.spec.environments[environment].actions]
@@ -180,7 +214,7 @@ class MultiTaskNetwork(nn.Module):
 
 def scale_head(network: MultiTaskNetwork, environment: str, factor: float) -> None:
     """Multiply the outputs for ``environment`` by ``factor``, in its head's weights; a shared head's are everyone's."""
-    head = network.heads[SHARED_HEAD if network.spec.size.share_head else environment]
+    head = network.of(environment).heads[SHARED_HEAD if network.spec.size.share_head else environment]
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.mul_(factor)
