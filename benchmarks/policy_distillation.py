@@ -24,7 +24,6 @@ from typing import Any, Literal
 import numpy as np
 
 from benchmarks.machine import RESULTS, provenance
-from stillhouse import seeding
 from stillhouse.agents import make_learner
 from stillhouse.checkpoint import load_checkpoint, save_checkpoint
 from stillhouse.datasets.collect import CollectConfig, Teacher, collect
@@ -33,12 +32,11 @@ from stillhouse.distillation.offline import Distillation, DistillationConfig
 from stillhouse.distillation.on_policy import OnPolicyConfig, OnPolicyDistillation
 from stillhouse.distillation.online import OnlineConfig, OnlineDistillation
 from stillhouse.envs.make import EnvironmentConfig
-from stillhouse.envs.vector import VectorEnvironment
 from stillhouse.evaluation.rollouts import evaluate, network_policy
 from stillhouse.evaluation.statistics import geometric_mean, normalised_score
 from stillhouse.files import write_json
 from stillhouse.multi_task.hard_sharing import HardSharingConfig, hard_sharing
-from stillhouse.networks.multi_task import MultiTaskNetwork, NetworkSpec, build_network, parameter_count
+from stillhouse.networks.multi_task import MultiTaskNetwork, parameter_count
 from stillhouse.processor import use_one_core
 
 GAMES = {
@@ -201,119 +199,6 @@ def joint(folder: Path, seed: int) -> dict[str, Any]:
     config = HardSharingConfig(network=OnPolicyConfig(**ONE_STUDENT["on-policy"]).size)
     settings = {"algorithm": "pqn", "env_steps": TEACHER_STEPS + distilled["env_steps"] // len(names)}
     learner = hard_sharing(config, settings, environments_of(names), seed)
-    started = time.perf_counter()
-    for _ in learner.train():
-        pass
-    seconds = time.perf_counter() - started
-    details = {"environments": {game: environment(game).model_dump(mode="json")}}
-    save_checkpoint(folder / "teachers" / name, learner.network, details)
-    nothing = network_policy(learner.network, game)
-    random = evaluate(nothing, environment(game), EPISODES, seed, epsilon=1.0, num_envs=EPISODES)
-    return {
-        "return": judge(learner.network, game, seed),
-        "random": float(random.returns.mean()),
-        "parameters": parameter_count(learner.network),
-        "env_steps": learner.env_steps,
-        "seconds": seconds,
-    }
-
-
-def teacher_network(folder: Path, game: str, seed: int) -> MultiTaskNetwork:
-    """The network of a teacher trained before."""
-    return load_checkpoint(folder / "teachers" / f"{game}-{TEACHER_STEPS}-s{seed}", "cpu").network
-
-
-def dataset(folder: Path, game: str, seed: int, teacher: str = "") -> dict[str, Any]:
-    """A teacher's play."""
-    name = teacher or f"{game}-{TEACHER_STEPS}-s{seed}"
-    checkpoint = load_checkpoint(folder / "teachers" / name, "cpu")
-    network = checkpoint.network
-    player = Teacher(
-        network_policy(network, game), network.spec.output, checkpoint.digest, parameter_count(network)
-    )
-    path = folder / "datasets" / (teacher or f"{game}-s{seed}")
-    for _ in collect(
-        player, environment(game), CollectConfig(transitions=TRANSITIONS, num_envs=64), seed, path
-    ):
-        pass
-    schema = Dataset.open(path).schema
-    return {
-        "transitions": schema.transitions,
-        "mean_return": schema.mean_return,
-        "mean_action_gap": schema.mean_action_gap,
-    }
-
-
-def teacher_jobs() -> Iterator[Job]:
-    """Teachers of 1.5M env steps for everything else; of 5M, three seeds, for the table of teachers."""
-    for steps, seeds in ((TEACHER_STEPS, SEEDS), (LONG_STEPS, SEEDS[:3])):
-        for seed in seeds:
-            for game in GAMES:
-                arguments = {"game": game, "env_steps": steps, "seed": seed}
-                yield Job("teachers", f"{game}-{steps}-s{seed}", teacher, arguments)
-
-
-def dataset_jobs() -> Iterator[Job]:
-    """A dataset of every teacher."""
-    for seed in SEEDS:
-        for game in GAMES:
-            yield Job("datasets", f"{game}-s{seed}", dataset, {"game": game, "seed": seed})
-
-
-def environments_of(games: list[str]) -> dict[str, EnvironmentConfig]:
-    """The games by name."""
-    return {game: environment(game) for game in games}
-
-
-def student(
-    folder: Path, games: list[str], seed: int, settings: dict[str, Any], judged_every: int = 0
-) -> dict[str, Any]:
-    """Distil; returns on the test stream at the end, and on the validation stream as it goes on."""
-    teachers = {game: teacher_network(folder, game, seed) for game in games}
-    distillation: Distillation | OnPolicyDistillation
-    if settings["method"] == "on_policy":
-        config = OnPolicyConfig(**settings)
-        distillation = OnPolicyDistillation(config, teachers, environments_of(games), seed)
-    else:
-        datasets = {game: Dataset.open(folder / "datasets" / f"{game}-s{seed}") for game in games}
-        needed = teachers if settings.get("feature_weight") else {}
-        distillation = Distillation(DistillationConfig(**settings), datasets, seed, teachers=needed)
-    curve: list[list[Any]] = []
-    seconds, started = 0.0, time.perf_counter()
-    for report in distillation.train():
-        if judged_every and report.done % judged_every == 0:
-            seconds += time.perf_counter() - started
-            now = distillation.training.student(best=False)
-            curve.append([report.done, {game: judge(now, game, seed, "validation") for game in games}])
-            started = time.perf_counter()
-    seconds += time.perf_counter() - started
-    network = distillation.student()
-    return {
-        "returns": {game: judge(network, game, seed) for game in games},
-        "parameters": parameter_count(network),
-        "teacher_parameters": distillation.teacher_parameters,
-        "updates": distillation.updates,
-        "env_steps": getattr(distillation, "env_steps", 0),
-        "seconds": seconds,
-        "curve": curve,
-    }
-
-
-def joint(folder: Path, seed: int) -> dict[str, Any]:
-    """The five-game student's network, trained jointly by multi-task PQN on the experience that distillation took."""
-    distilled = json.loads((folder / "one_student" / f"on_policy-s{seed}.json").read_text())
-    size = OnPolicyConfig(**ONE_STUDENT["on-policy"]).size
-    names = list(GAMES)
-    envs = {
-        game: VectorEnvironment(environment(game), HardSharingConfig().num_envs, seed, "train")
-        for game in names
-    }
-    spec = NetworkSpec(
-        size=size, environments={game: env.spec for game, env in envs.items()}, output="q_values"
-    )
-    network = build_network(spec, seeding.derive(seed, "network"))
-    config = HardSharingConfig(env_steps=TEACHER_STEPS + distilled["env_steps"] // len(names))
-    learner = HardSharing(config, network, envs, seed)
     started = time.perf_counter()
     for _ in learner.train():
         pass

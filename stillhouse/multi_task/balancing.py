@@ -7,7 +7,7 @@ parameters that two or more of them share:
     uncertainty      g = 1/E sum_e exp(-s_e) / 2 g_e;  s_e descends 1/E sum_e [ exp(-s_e) / 2 L_e + s_e / 2 ], s_e = log sigma_e^2
                      Kendall et al. 2018, https://arxiv.org/abs/1705.07115, section 3: L / (2 sigma^2) + log sigma
     gradnorm         g = 1/E sum_e w_e g_e;  w_e descends sum_e | G_e - mean(G) r_e^alpha |, G_e = w_e ||g_e|| on S,
-                     r_e = (L_e / L_e(0)) / mean(L / L(0)), the target held constant, sum_e w_e = E
+                     r_e = (L_e / L_e(0)) / mean(L / L(0)), the target held constant; sum_e w_e = E
                      Chen et al. 2018, https://arxiv.org/abs/1711.02257, algorithm 1
     pcgrad           on S: g = 1/E sum_e g_e', g_e' = g_e, and for every other j in a random order, where g_e' . g_j < 0:
                      g_e' <- g_e' - (g_e' . g_j) / ||g_j||^2 g_j
@@ -19,9 +19,10 @@ Deviations from the papers:
 1. Means over the environments in place of sums, so that clipping the gradient means the same for few and many.
 2. uncertainty: ``s_e`` has an Adam of its own. A policy's loss may be negative, so that sigma^2, which tends to the loss, does
    not exist: refused.
-3. gradnorm: S is all that is shared, not the last shared layer alone. ``log w_e`` descends the loss divided by mean(G), by its
-   sign's gradient: weights stay positive, and a step does not change with the rewards' scale. A policy's loss has no rate
-   of training: refused unless alpha is 0, which equalises the norms.
+3. gradnorm: S is all that is shared, not the last shared layer alone. It is ``log w_e`` that descends, and the loss is divided by
+   mean(G): weights stay positive, and a step does not change with the rewards' scale. The r_e^alpha are scaled to a mean of 1, as
+   the G_e / mean(G) have: else no weights meet all targets. A policy's loss has no rate of training: refused unless alpha
+   is 0, which makes the norms equal.
 4. pcgrad: what one environment has alone (heads, critics, adapters) is no matter of conflict and takes the mean.
 5. by_return: the field samples environments in proportion to w_e; here every update has a pass for each anyway, so
    each gets the weight that it would have on average.
@@ -286,8 +287,8 @@ class GradNorm:
         if self._alpha:
             if self._first is None:
                 self._first = losses.clamp(min=1e-12).clone()
-            rates = self._active * losses / self._first
-            target = mean * (rates * count / rates.sum().clamp(min=1e-12)) ** self._alpha
+            rates = self._active * (losses / self._first) ** self._alpha
+            target = mean * rates * count / rates.sum().clamp(min=1e-12)
         if mean > 0:  # before any reward all gradients may be 0
             self._logarithms -= self._learning_rate * torch.sign(norms - target) * norms / mean
         self._set_weights()
