@@ -15,6 +15,7 @@ from ruamel.yaml.error import YAMLError
 
 from stillhouse.agents import OUTPUTS
 from stillhouse.agents.dqn import DQNConfig
+from stillhouse.agents.impala import IMPALAConfig
 from stillhouse.agents.ppo import PPOConfig
 from stillhouse.agents.pqn import PQNConfig
 from stillhouse.config import Config, near, parse
@@ -65,12 +66,13 @@ def _without_network(learner: Any) -> Any:
 
 Name = Annotated[str, AfterValidator(_slug)]
 Names = Annotated[list[Name], Field(min_length=1, max_length=1000)]
-TeacherConfig = Annotated[DQNConfig | PQNConfig | PPOConfig, Field(discriminator="algorithm")]
+TeacherConfig = Annotated[DQNConfig | PQNConfig | PPOConfig | IMPALAConfig, Field(discriminator="algorithm")]
 # An algorithm for a network that is given.
-LearnerConfig = Annotated[
-    TeacherConfig,
-    BeforeValidator(_without_network),
-    PlainSerializer(lambda learner: learner.model_dump(mode="json", exclude={"network"})),
+_NOT_ITS_OWN = BeforeValidator(_without_network)
+_NOT_SHOWN = PlainSerializer(lambda learner: learner.model_dump(mode="json", exclude={"network"}))
+LearnerConfig = Annotated[TeacherConfig, _NOT_ITS_OWN, _NOT_SHOWN]
+TransferLearnerConfig = Annotated[
+    Annotated[DQNConfig | PQNConfig | PPOConfig, Field(discriminator="algorithm")], _NOT_ITS_OWN, _NOT_SHOWN
 ]
 
 
@@ -151,7 +153,7 @@ class TransferParams(FineTuneConfig):
         min_length=1,
         description="ways of transfer; scratch is what they are judged against",
     )
-    learner: LearnerConfig
+    learner: TransferLearnerConfig
 
 
 class RetrainingParams(Config):

@@ -147,8 +147,8 @@ class PPO:
         environment: name of the network's head and adapter.
         envs: the copies to act in; ``num_envs`` of them.
         seed: the stage's seed.
-        critic: values of the network's features or of raw observations: :func:`build_critic`; none: its own.
         parameters: the network's and the critic's, where others train them too: :func:`build_parameters`; none: its own.
+        critic: values of the network's features or of raw observations: :func:`build_critic`, with ``parameters``; none: its own.
 
     Attributes:
         learning_rate: of the updates on the present rollout.
@@ -163,8 +163,8 @@ class PPO:
         environment: str,
         envs: VectorEnvironment,
         seed: int,
-        critic: nn.Module | None = None,
         parameters: FlatParameters | None = None,
+        critic: nn.Module | None = None,
     ) -> None:
         self.config = config
         self.network = network

@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 from pydantic import Field, field_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from stillhouse import seeding
 from stillhouse.agents import ALGORITHMS, OUTPUTS, fresh_network, make_fresh_head
@@ -253,6 +253,8 @@ def parse_learner(settings: Mapping[str, Any], size: NetworkSize, where: str = "
             f"{where}.network: a learner without 'network' is allowed: the network is the joint one"
         )
     module = importlib.import_module(f"stillhouse.agents.{algorithm}")
+    if not hasattr(module, "build_parameters"):
+        raise StillhouseError(f"{where}.algorithm: {algorithm} trains a network of its own, not a joint one")
     return parse(getattr(module, ALGORITHMS[algorithm][1]), {**settings, "network": size}, where)
 
 
@@ -313,17 +315,16 @@ def make_learners(
     for name in one_for_each_head(network):
         make_fresh_head(network, name)
     network.to(device)
+    given: dict[str, list[Any]]  # what else each learner gets
     if output == "q_values":
         parameters = module.build_parameters(learner, network)
-        extra: dict[str, dict[str, nn.Module]] = {name: {} for name in envs}
+        given = {name: [parameters] for name in envs}
     else:
         critics = {name: module.build_critic(learner, network, name, seeds[name]) for name in envs}
         beside = {f"critic.{name}": critic for name, critic in critics.items()}
         parameters = module.build_parameters(learner, network, beside)
-        extra = {name: {"critic": critic} for name, critic in critics.items()}
+        given = {name: [parameters, critics[name]] for name in envs}
     return network, {
-        name: learner_class(
-            configs[name], network, name, envs[name], seeds[name], parameters=parameters, **extra[name]
-        )
+        name: learner_class(configs[name], network, name, envs[name], seeds[name], *given[name])
         for name in envs
     }

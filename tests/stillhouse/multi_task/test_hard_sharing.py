@@ -32,6 +32,7 @@ ROLLOUTS: dict[str, Any] = {"env_steps": 1024, "num_envs": 8, "rollout_length": 
 LEARNERS: dict[str, dict[str, Any]] = {
     "pqn": {"algorithm": "pqn", **ROLLOUTS},
     "ppo": {"algorithm": "ppo", **ROLLOUTS},
+    "impala": {"algorithm": "impala", **ROLLOUTS, "popart": True, "policy_lag": 2},
     "dqn": {
         "algorithm": "dqn",
         "env_steps": 1024,
@@ -67,7 +68,9 @@ def test_every_environment_gets_its_budget_and_its_metrics(algorithm: str) -> No
     assert all(learner.env_steps >= 1024 for learner in training.learners.values())
     assert reports[-1].done == reports[-1].total == 2 * 1024
     wanted = {"loss/cartpole", "loss/frozen", "return/cartpole", "weight/cartpole", "rollout/episodes"}
-    wanted |= {"loss/policy", "policy/kl"} if algorithm == "ppo" else {"loss/td", "rollout/epsilon"}
+    wanted |= (
+        {"loss/policy", "policy/kl"} if algorithm in ("ppo", "impala") else {"loss/td", "rollout/epsilon"}
+    )
     assert wanted <= set(reports[-1].metrics)
     assert not torch.equal(values(training), start) and torch.isfinite(values(training)).all()
 
@@ -159,7 +162,12 @@ def test_a_shared_head_has_one_reward_scale_and_is_made_once() -> None:
     assert sizes[0] == pytest.approx(sizes[1], rel=0.5)  # both 100 times smaller than drawn
 
 
-CASES = [("pqn", "uncertainty"), ("dqn", "gradnorm"), ("ppo", "pcgrad"), ("pqn", "by_return")]
+CASES = [
+    ("pqn", "uncertainty"),
+    ("dqn", "gradnorm"),
+    ("ppo", "pcgrad"),
+    ("impala", "by_return"),
+]
 
 
 @pytest.mark.parametrize(("algorithm", "balancing"), CASES)
@@ -267,7 +275,7 @@ def test_refused_in_one_line() -> None:
         ({"learner": {"network": {}}}, "learner.network: a learner without 'network' is allowed"),
         (
             {"learner": {"algorithm": "sarsa"}},
-            "learner.algorithm: 'sarsa' was given; allowed are dqn, pqn, ppo",
+            "learner.algorithm: 'sarsa' was given; allowed are dqn, pqn, ppo, impala",
         ),
         ({"learner": {"gama": 0.9}}, r"learner.gama: unknown parameter \(did you mean 'gamma'"),
     ):
@@ -285,7 +293,8 @@ NAMING = {
 
 @pytest.mark.learning
 @pytest.mark.parametrize(
-    ("algorithm", "balancing"), [("pqn", "pcgrad"), ("ppo", "uniform"), ("dqn", "by_return")]
+    ("algorithm", "balancing"),
+    [("pqn", "pcgrad"), ("ppo", "uniform"), ("dqn", "by_return"), ("impala", "uniform")],
 )
 def test_one_network_learns_two_environments(algorithm: str, balancing: str) -> None:
     """Five seeds against the same networks untrained, by a permutation test on greedy returns; of 10 at best."""

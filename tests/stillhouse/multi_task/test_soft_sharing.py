@@ -33,6 +33,7 @@ ROLLOUTS: dict[str, Any] = {"env_steps": 1024, "num_envs": 8, "rollout_length": 
 LEARNERS: dict[str, dict[str, Any]] = {
     "pqn": {"algorithm": "pqn", **ROLLOUTS},
     "ppo": {"algorithm": "ppo", **ROLLOUTS, "critic": "separate"},
+    "impala": {"algorithm": "impala", **ROLLOUTS, "popart": True, "policy_lag": 2},
     "dqn": {
         "algorithm": "dqn",
         "env_steps": 1024,
