@@ -30,6 +30,7 @@ from stillhouse.evaluation.rollouts import EvaluationConfig
 from stillhouse.multi_task.balancing import check_balancing
 from stillhouse.multi_task.hard_sharing import HardSharingConfig
 from stillhouse.multi_task.soft_sharing import SoftSharingConfig
+from stillhouse.networks.multi_task import NetworkSize
 from stillhouse.transfer.fine_tuning import FineTuneConfig, Mode
 from stillhouse.transfer.initialisation import Labels, correspond
 from stillhouse.types import EnvironmentSpec, environment_spec
@@ -277,6 +278,33 @@ class Params(Config):
                 raise ValueError(f"{where}: each may stand once only")
         return self
 
+    @model_validator(mode="after")
+    def _memories_are_learnt_and_played_only(self) -> Params:
+        memories: dict[str, str] = {}  # of teachers with one
+        for name, teacher in self.train_teacher.items():
+            where = f"train_teacher.{name}.network.recurrent"
+            if _check_memory(where, teacher.network, teacher.algorithm):
+                memories[name] = f"the teacher of {name} has a memory ({where}: {teacher.network.recurrent})"
+        for name, joint in self.train_multi_task.items():
+            _check_memory(
+                f"train_multi_task.{name}.network.recurrent", joint.network, joint.learner.algorithm
+            )
+        for name, student in self.distill_student.items():
+            _check_memory(f"distill_student.{name}.size.recurrent", student.size, "distillation")
+            for source in student.environments:
+                if source in memories and student.method != "offline":
+                    raise ValueError(
+                        f"distill_student.{name}.method: {memories[source]}, which {student.method} cannot ask for single "
+                        "observations; offline is allowed"
+                    )
+        for name, transfer in self.fine_tune.items():
+            for entry in transfer.sources:
+                if entry in memories:
+                    raise ValueError(
+                        f"fine_tune.{name}.sources: {memories[entry]}; sources without one are allowed"
+                    )
+        return self
+
     def _check_modes(self, where: str, transfer: TransferParams) -> None:
         algorithm = transfer.learner.algorithm
         if "kickstart" in transfer.modes and algorithm != "ppo":
@@ -300,6 +328,13 @@ class Params(Config):
                 f"{where}.probe_fraction: {transfer.probe_fraction} of the budget for each of {len(transfer.sources)} sources and scratch "
                 "leaves nothing to train with; lower it, or name fewer sources"
             )
+
+
+def _check_memory(where: str, size: NetworkSize, algorithm: str) -> bool:
+    """Whether the network has a memory; raises ValueError where the algorithm learns none."""
+    if size.recurrent != "none" and algorithm != "impala":
+        raise ValueError(f"{where}: {algorithm} takes none; {size.recurrent} is learnt by impala")
+    return size.recurrent != "none"
 
 
 def _shown_in(transfer: TransferParams, entry: str) -> list[str]:
