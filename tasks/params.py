@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from stillhouse.agents.dqn import DQNConfig
+from stillhouse.agents.impala import IMPALAConfig
 from stillhouse.agents.ppo import PPOConfig
 from stillhouse.agents.pqn import PQNConfig
 from stillhouse.config import Config, near, parse
@@ -56,7 +57,7 @@ def _source(entry: str) -> str:
 
 Name = Annotated[str, AfterValidator(_slug)]
 Names = Annotated[list[Name], Field(min_length=1, max_length=1000)]
-TeacherConfig = Annotated[DQNConfig | PQNConfig | PPOConfig, Field(discriminator="algorithm")]
+TeacherConfig = Annotated[DQNConfig | PQNConfig | PPOConfig | IMPALAConfig, Field(discriminator="algorithm")]
 
 
 class CollectParams(CollectConfig):
@@ -124,7 +125,7 @@ class TransferParams(FineTuneConfig):
         min_length=1,
         description="ways of transfer; scratch is what they are judged against",
     )
-    learner: TeacherConfig
+    learner: Annotated[DQNConfig | PQNConfig | PPOConfig, Field(discriminator="algorithm")]
 
     @field_validator("learner", mode="before")
     @classmethod

@@ -66,7 +66,7 @@ def test_the_budget_scales_every_budget():
         assert half.fine_tune[name].learner.env_steps == transfer.learner.env_steps // 2
 
 
-@pytest.mark.parametrize("algorithm", ["pqn", "ppo"])
+@pytest.mark.parametrize("algorithm", ["pqn", "ppo", "impala"])
 def test_another_algorithm_brings_its_own_defaults(algorithm):
     params = load_suite("quickstart", [f"train_teacher.cartpole.algorithm={algorithm}"])
     assert params.train_teacher["cartpole"].algorithm == algorithm
@@ -186,6 +186,7 @@ def refusal(overrides: list[str]) -> str:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
+        ([f"{TRANSFER}.learner.algorithm=impala"], ["learner", "'impala'", "'dqn', 'pqn', 'ppo'"]),
         ([f"{TRANSFER}.modes=[kickstart]"], [f"{TRANSFER}.modes: kickstart", "ppo", "pqn was given"]),
         (
             [f"{TRANSFER}.modes=[progressive_3]"],

@@ -1,4 +1,4 @@
-"""DQN, PQN and PPO: exact resume, determinism, refusals; and that they learn (marker ``learning``)."""
+"""DQN, PQN, PPO and IMPALA: exact resume, determinism, refusals; and that they learn (marker ``learning``)."""
 
 from __future__ import annotations
 
@@ -48,6 +48,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "minibatches": 4,
         "critic": "separate",
         "critic_warmup": 0.3,
+        "network": SIZE,
+    },
+    "impala": {
+        "algorithm": "impala",
+        "env_steps": 2000,
+        "num_envs": 8,
+        "rollout_length": 16,
+        "epochs": 2,
+        "minibatches": 4,
+        "policy_lag": 3,
+        "popart": True,
         "network": SIZE,
     },
 }
@@ -158,7 +169,7 @@ def test_a_loss_that_is_not_finite_stops_with_a_reason(algorithm: str) -> None:
 
 
 def test_bad_settings_are_refused_before_any_work() -> None:
-    with pytest.raises(StillhouseError, match="allowed are dqn, pqn, ppo"):
+    with pytest.raises(StillhouseError, match="allowed are dqn, pqn, ppo, impala"):
         make_learner({"algorithm": "sac"}, "cartpole", ENVIRONMENTS["cartpole"], 0)
     with pytest.raises(StillhouseError, match=r"cartpole.gamma.*less than or equal to 1.*1.5"):
         make_learner({"algorithm": "dqn", "gamma": 1.5}, "cartpole", ENVIRONMENTS["cartpole"], 0)
