@@ -157,13 +157,17 @@ class MultiTaskNetwork(nn.Module):
             return {f"{name}.first": adapter.first, f"{name}.body": adapter.body}
         return {name: adapter} | ({f"bodies.{route.body}": self.bodies[route.body]} if route.body else {})
 
-    def features(self, observations: Tensor, environment: str) -> Tensor:
-        """The torso's output, [B, last width], for raw observations [B, ...]."""
+    def encode(self, observations: Tensor, environment: str) -> Tensor:
+        """The adapter's output, before the torso: [B, ``size.features``], for raw observations [B, ...]."""
         route = self._routes[environment]
-        adapted = self.adapters[route.adapter](observations)
+        adapted: Tensor = self.adapters[route.adapter](observations)
         if route.body:
             adapted = self.bodies[route.body](adapted)
-        features: Tensor = self.torso(adapted)
+        return adapted
+
+    def features(self, observations: Tensor, environment: str) -> Tensor:
+        """The torso's output, [B, last width], for raw observations [B, ...]."""
+        features: Tensor = self.torso(self.encode(observations, environment))
         return features
 
     def head(self, features: Tensor, environment: str) -> Tensor:

@@ -13,7 +13,7 @@ from stillhouse.types import ObservationSpec
 _EMPTY, _STEP, _TERMINATED, _TRUNCATED = range(4)
 
 
-class Sequences(NamedTuple):
+class ReplayedSequences(NamedTuple):
     """S pieces of episodes, of up to T steps each; rows after a piece's end are no steps.
 
     Attributes:
@@ -91,7 +91,7 @@ class SequenceReplay:
         count = int(np.prod(self._shape))
         return np.unpackbits(stored, axis=-1, count=count).view(np.bool_).reshape(*places.shape, *self._shape)
 
-    def sample_sequences(self, count: int, length: int, generator: np.random.Generator) -> Sequences:
+    def sample_sequences(self, count: int, length: int, generator: np.random.Generator) -> ReplayedSequences:
         """``count`` pieces of up to ``length`` steps, each from a step drawn uniformly; none goes on after its episode's end.
 
         ``count`` must be at least 1, and at least one step with what it led to must have been added.
@@ -106,7 +106,7 @@ class SequenceReplay:
         valid = np.logical_and.accumulate(complete[copies, places[:length]])
         steps = valid.sum(axis=0)
         frames = np.minimum(np.arange(length + 1)[:, None], steps)
-        return Sequences(
+        return ReplayedSequences(
             self._read(np.broadcast_to(copies, places.shape), (first + frames) % self.capacity),
             self._actions[copies, places[:length]],
             self._rewards[copies, places[:length]],
