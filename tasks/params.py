@@ -17,6 +17,7 @@ from stillhouse.agents.dqn import DQNConfig
 from stillhouse.agents.impala import IMPALAConfig
 from stillhouse.agents.ppo import PPOConfig
 from stillhouse.agents.pqn import PQNConfig
+from stillhouse.agents.unreal import UNREALConfig
 from stillhouse.config import Config, near, parse
 from stillhouse.datasets.collect import CollectConfig
 from stillhouse.distillation.offline import DistillationConfig
@@ -57,7 +58,9 @@ def _source(entry: str) -> str:
 
 Name = Annotated[str, AfterValidator(_slug)]
 Names = Annotated[list[Name], Field(min_length=1, max_length=1000)]
-TeacherConfig = Annotated[DQNConfig | PQNConfig | PPOConfig | IMPALAConfig, Field(discriminator="algorithm")]
+TeacherConfig = Annotated[
+    DQNConfig | PQNConfig | PPOConfig | IMPALAConfig | UNREALConfig, Field(discriminator="algorithm")
+]
 
 
 class CollectParams(CollectConfig):
