@@ -30,7 +30,6 @@ Deviations from the paper:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -39,7 +38,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from stillhouse import seeding
-from stillhouse.agents.impala import IMPALA, IMPALAConfig, Sequences, build_value_head
+from stillhouse.agents import impala
+from stillhouse.agents.impala import IMPALA, IMPALAConfig, Sequences
 from stillhouse.envs.vector import Step, VectorEnvironment
 from stillhouse.errors import StillhouseError
 from stillhouse.losses.auxiliary import (
@@ -53,6 +53,7 @@ from stillhouse.networks.multi_task import MultiTaskNetwork
 from stillhouse.networks.parameters import FlatParameters
 from stillhouse.replay.sequences import ReplayedSequences, SequenceReplay
 from stillhouse.returns import lambda_returns
+from stillhouse.types import ObservationSpec
 
 _FRAMES = 3  # from which a reward is predicted
 
@@ -123,10 +124,10 @@ class RewardPredictionHead(nn.Sequential):
         super().__init__(nn.Linear(_FRAMES * features, 128), nn.ReLU(), nn.Linear(128, 3))
 
 
-def build_auxiliary_heads(
+def build_value_head(
     config: UNREALConfig, network: MultiTaskNetwork, environment: str, seed: int
-) -> dict[str, nn.Module]:
-    """Fresh heads of the auxiliary tasks that are on, to be trained beside the network.
+) -> nn.Linear:
+    """IMPALA's fresh critic, and in it, as its modules of their names, the heads of the auxiliary tasks that are on.
 
     Args:
         config: settings.
@@ -137,32 +138,35 @@ def build_auxiliary_heads(
     Raises:
         StillhouseError: pixel control on what has no pixels, or cells larger than it.
     """
-    heads: dict[str, nn.Module] = {}
+    critic = impala.build_value_head(network, seed)
     spec = network.spec.environments[environment]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeding.derive(seed, "auxiliary"))
         if config.pixel_control_weight:
-            if spec.observation.kind not in ("planes", "image"):
-                raise StillhouseError(
-                    f"{environment}: pixel control needs planes or an image, but the observations are of kind "
-                    f"{spec.observation.kind!r}; set pixel_control_weight to 0"
-                )
-            height, width, _ = height_width_channels(spec.observation)
-            if config.cell_size > min(height, width):
-                raise StillhouseError(
-                    f"{environment}: cell_size must be at most the observation's sides ({height} x {width}), but it is "
-                    f"{config.cell_size}"
-                )
-            cells = (height // config.cell_size, width // config.cell_size)
-            heads["pixel_control"] = PixelControlHead(network.feature_count, spec.actions, cells)
+            cells = _cells(spec.observation, config.cell_size, environment)
+            critic.pixel_control = PixelControlHead(network.feature_count, spec.actions, cells)
         if config.reward_prediction_weight:
-            heads["reward_prediction"] = RewardPredictionHead(network.spec.size.features)
-    device = next(network.parameters()).device
-    return {name: head.to(device) for name, head in heads.items()}
+            critic.reward_prediction = RewardPredictionHead(network.spec.size.features)
+    return critic.to(critic.weight.device)
+
+
+def _cells(observation: ObservationSpec, size: int, environment: str) -> tuple[int, int]:
+    """Rows and columns of the grid of cells."""
+    if observation.kind not in ("planes", "image"):
+        raise StillhouseError(
+            f"{environment}: pixel control needs planes or an image, but the observations are of kind {observation.kind!r}; "
+            "set pixel_control_weight to 0"
+        )
+    height, width, _ = height_width_channels(observation)
+    if size > min(height, width):
+        raise StillhouseError(
+            f"{environment}: cell_size must be at most the observation's sides ({height} x {width}), but it is {size}"
+        )
+    return height // size, width // size
 
 
 class UNREAL(IMPALA):
-    """The learner, as :class:`stillhouse.agents.impala.IMPALA`.
+    """The learner: see :class:`stillhouse.agents.impala.IMPALA`.
 
     Args:
         config: settings.
@@ -170,9 +174,8 @@ class UNREAL(IMPALA):
         environment: name of the network's head and adapter.
         envs: the copies to act in; ``num_envs`` of them.
         seed: the stage's seed.
-        parameters: the network's and the heads', where somebody else made them; own ones where none are given.
-        value_head: from :func:`stillhouse.agents.impala.build_value_head`, with ``parameters``.
-        auxiliary_heads: from :func:`build_auxiliary_heads`, with ``parameters``.
+        parameters: the network's and the value head's, where somebody else made them; own ones where none are given.
+        value_head: from :func:`build_value_head`, with ``parameters``.
 
     Raises:
         StillhouseError: pixel control on what has no pixels, or cells larger than it.
@@ -189,14 +192,8 @@ class UNREAL(IMPALA):
         seed: int,
         parameters: FlatParameters | None = None,
         value_head: nn.Linear | None = None,
-        auxiliary_heads: Mapping[str, nn.Module] | None = None,
     ) -> None:
-        if auxiliary_heads is None:
-            auxiliary_heads = build_auxiliary_heads(config, network, environment, seed)
-        value_head = value_head or build_value_head(network, seed)
-        self.auxiliary_heads = dict(auxiliary_heads)
-        beside = {"critic": value_head, **self.auxiliary_heads}
-        parameters = parameters or FlatParameters(network, config.learning_rate, epsilon=1e-5, beside=beside)
+        value_head = value_head or build_value_head(config, network, environment, seed)
         super().__init__(config, network, environment, envs, seed, parameters, value_head)
         observation = envs.spec.observation
         self._channels_first = observation.channels_first
@@ -237,7 +234,7 @@ class UNREAL(IMPALA):
         observations = torch.from_numpy(pieces.observations).to(self.device)
         if self._channels_first:
             observations = observations.movedim(2, -1)
-        q_values = self.auxiliary_heads["pixel_control"](features.flatten(0, 1))
+        q_values = self.value_head.get_submodule("pixel_control")(features.flatten(0, 1))
         q_values = q_values.unflatten(0, features.shape[:2])  # [T + 1, S, A, h, w]
         returns = self._returns(
             pixel_control_rewards(observations, config.cell_size),
@@ -274,7 +271,7 @@ class UNREAL(IMPALA):
         if not len(rewards):
             return torch.zeros((), device=self.device)
         encoded = self.network.encode(self._tensor(observations).flatten(0, 1), self.environment)
-        logits = self.auxiliary_heads["reward_prediction"](encoded.view(len(rewards), -1))
+        logits = self.value_head.get_submodule("reward_prediction")(encoded.view(len(rewards), -1))
         return reward_prediction_loss(logits, self._tensor(rewards))
 
     def _tensor(self, array: np.ndarray) -> Tensor:

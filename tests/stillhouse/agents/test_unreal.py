@@ -13,8 +13,8 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch import Tensor
 
 from stillhouse.agents import fresh_network, make_learner
-from stillhouse.agents.impala import IMPALA, build_value_head
-from stillhouse.agents.unreal import UNREAL, PixelControlHead, UNREALConfig, build_auxiliary_heads
+from stillhouse.agents.impala import IMPALA
+from stillhouse.agents.unreal import UNREAL, PixelControlHead, UNREALConfig, build_value_head
 from stillhouse.checkpoint import load_checkpoint, load_state, save_checkpoint, save_state
 from stillhouse.config import parse
 from stillhouse.envs.make import EnvironmentConfig
@@ -112,7 +112,13 @@ def gradient_of(agent: UNREAL, loss: Tensor) -> dict[str, Tensor]:
 
 
 def reached(gradient: dict[str, Tensor]) -> set[str]:
-    return {name.partition(".")[0] for name, part in gradient.items() if part.any()}
+    """Parts of the network, the critic, and the tasks' heads in it."""
+    parts = set()
+    for name, part in gradient.items():
+        first, second, *_ = name.split(".")
+        if part.any():
+            parts.add(second if second in TASKS else first)
+    return parts
 
 
 @pytest.mark.parametrize("environment", [MAZE, IMAGE], ids=["planes", "image"])
@@ -161,7 +167,7 @@ def test_pixel_control_is_n_step_q_learning_of_every_cell(mode: AutoresetMode, d
     agent = filled(on_dots(mode, dots))
     pieces = agent.replay.sample_sequences(40, 5, np.random.default_rng(0))
     features = agent._replayed_features(pieces.observations)
-    head = agent.auxiliary_heads["pixel_control"]
+    head = agent.value_head.get_submodule("pixel_control")
     shown = pieces.observations / (255.0 if "image" in dots else 1.0)
     if "channels_first" in dots:
         shown = np.moveaxis(shown, 2, -1)
@@ -218,7 +224,7 @@ def test_rewards_are_predicted_from_the_adapters_output_of_three_frames() -> Non
     assert frames.shape == (9, 3, 7, 6, 2)
     adapter = next(iter(agent.network.adapters.values()))
     encoded = [adapter(torch.from_numpy(frames[:, frame])) for frame in range(3)]
-    logits = agent.auxiliary_heads["reward_prediction"](torch.cat(encoded, dim=1))
+    logits = agent.value_head.get_submodule("reward_prediction")(torch.cat(encoded, dim=1))
     torch.testing.assert_close(loss, reward_prediction_loss(logits, torch.from_numpy(rewards)))
 
 
@@ -270,7 +276,6 @@ def test_with_every_task_off_it_is_impala_bit_for_bit(settings: dict[str, Any]) 
     assert set(state) - set(expected) == {"sequences", "replaying"}
     assert unreal.parameters.slices == plain.parameters.slices
     assert torch.equal(unreal.parameters.values, plain.parameters.values)
-    assert not unreal.auxiliary_heads
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -281,7 +286,8 @@ def test_a_task_alone_acts_alike_until_it_has_learnt(task: str) -> None:
     np.testing.assert_array_equal(alone.rollout.actions, off.rollout.actions)
     metrics = next(alone.train()).metrics
     assert {name for name in metrics if name.removeprefix("loss/") in TASKS} == {f"loss/{task}"}
-    assert set(alone.auxiliary_heads) == {task} - {"value_replay"}  # whose head is the critic
+    heads = {name for name, _ in alone.value_head.named_children()}
+    assert heads == {task} - {"value_replay"}  # whose head is the critic
     next(off.train())
     count = len(off.parameters.values)
     assert not torch.equal(alone.parameters.values[:count], off.parameters.values)
@@ -312,8 +318,10 @@ def test_the_checkpoint_is_the_network_alone(tmp_path: Path) -> None:
     agent = on(MAZE)
     names = list(agent.parameters.slices)
     own = [name for name, _ in agent.network.named_parameters()]
-    beside = {name.partition(".")[0] for name in names[len(own) :]}
-    assert names[: len(own)] == own and beside == {"critic", "pixel_control", "reward_prediction"}
+    assert names[: len(own)] == own and all(name.startswith("critic.") for name in names[len(own) :])
+    assert {"critic.weight", "critic.pixel_control.dense.weight", "critic.reward_prediction.0.bias"} < set(
+        names
+    )
     list(agent.train())
     save_checkpoint(tmp_path / "actor", agent.network, {})
     loaded = load_checkpoint(tmp_path / "actor").network
@@ -322,18 +330,12 @@ def test_the_checkpoint_is_the_network_alone(tmp_path: Path) -> None:
     np.testing.assert_array_equal(loaded(torch.from_numpy(shown), "maze").detach(), agent.outputs(shown))
 
 
-def test_given_parameters_and_heads_are_the_ones_that_learn() -> None:
-    own = on_dots()
-    config, envs = (
-        own.config,
-        VectorEnvironment.over(
-            SyncVectorEnv([Dots] * 6, autoreset_mode=AutoresetMode.DISABLED, copy=False), 0, "train"
-        ),
-    )
-    network = fresh_network(SIZE, "dots", envs.spec, "logits", 0)
-    head, heads = build_value_head(network, 0), build_auxiliary_heads(config, network, "dots", 0)
-    parameters = FlatParameters(network, config.learning_rate, epsilon=1e-5, beside={"critic": head, **heads})
-    agent = UNREAL(config, network, "dots", envs, 0, parameters, head, heads)
+def test_given_parameters_are_the_ones_that_learn() -> None:
+    own, other = on_dots(), on_dots()
+    network = fresh_network(SIZE, "dots", other.envs.spec, "logits", 0)
+    head = build_value_head(own.config, network, "dots", 0)
+    parameters = FlatParameters(network, own.config.learning_rate, epsilon=1e-5, beside={"critic": head})
+    agent = UNREAL(own.config, network, "dots", other.envs, 0, parameters, head)
     assert agent.parameters is parameters
     for learner in (own, agent):
         next(learner.train())
