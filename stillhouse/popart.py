@@ -75,10 +75,12 @@ class PopArt:
         """
         if not self.beta or not len(targets):
             return
+        variance, mean = torch.var_mean(targets.double(), correction=0)
+        if not math.isfinite(variance):
+            return  # the loss will say so; the head is not spoiled
         share = 1 - (1 - self.beta) ** len(targets)
         self._weight += (1 - self._weight) * share
         step = share / self._weight
-        variance, mean = torch.var_mean(targets.double(), correction=0)
         mu, sigma, change = self.mu, self.sigma, float(mean) - self.mu
         self.mu += step * change
         self.variance += step * (float(variance) - self.variance + (1 - step) * change * change)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -14,6 +15,8 @@ from stillhouse.config import Config
 from stillhouse.errors import StillhouseError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from stillhouse.envs.vector import VectorEnvironment
     from stillhouse.networks.multi_task import MultiTaskNetwork
     from stillhouse.networks.parameters import FlatParameters
@@ -120,18 +123,41 @@ class Report:
 
 
 class Learner(Protocol):
-    """An agent that learns by acting: what training, transfer and the pipeline need of it."""
+    """An agent that learns by acting: what training, transfer and the pipeline need of it.
+
+    Alone it runs by :meth:`train`. From outside, several at a time on parameters that they share, it is driven in
+    rounds: ``act()``, then for each of ``batches()`` a ``backward(batch)`` between ``parameters.zero_gradient()`` and
+    ``parameters.step(learning_rate)``. That is all that ``train`` does.
+    """
 
     network: MultiTaskNetwork
     environment: str
     reward_scale: float  # its outputs are of rewards times this; 1 for logits
     envs: VectorEnvironment
-    parameters: FlatParameters
+    parameters: FlatParameters  # its own, or shared with other learners
+    learning_rate: float  # of the present round's updates
     env_steps: int
     episodes: int
+    recent_returns: deque[float]  # of the last episodes
 
     def train(self) -> Iterator[Report]:
         """Act and learn until the budget is spent."""
+        ...
+
+    def act(self) -> None:
+        """Begin a round: play with the present policy, and compute what to learn from it."""
+        ...
+
+    def batches(self) -> Iterator[Any]:
+        """The round's minibatches, in their order; of a type of the learner's own."""
+        ...
+
+    def backward(self, batch: Any) -> Tensor:
+        """Add the gradient of the minibatch's loss to ``parameters.gradient``; the loss, a scalar without a gradient."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Of the present round, by the glossary's names."""
         ...
 
     def outputs(self, observations: np.ndarray) -> np.ndarray:

@@ -254,7 +254,7 @@ def stages_of(params: Params) -> list[Stage]:
                     name=stage_name("train_multi_task", name, seed=seed),
                     argv=python("train_multi_task", name, "--seed", str(seed)),
                     deps=[
-                        code("train_multi_task"),
+                        code("train_multi_task", joint.method, joint.learner.algorithm),
                         *(path for source in sources for path in module_files(source)),
                     ],
                     params=[f"train_multi_task.{name}", *(f"environments.{source}" for source in sources)],
@@ -262,7 +262,7 @@ def stages_of(params: Params) -> list[Stage]:
                     metrics=[f"{base}.json"],
                     plots={f"{base}.csv": {"x": "env_steps", "y": f"return_{sources[0]}"}},
                     environments=sources,
-                    cost=len(sources) * training_seconds(joint),
+                    cost=len(sources) * training_seconds(joint.learner),
                 )
             )
     for name in sorted(params.train_teacher):

@@ -11,6 +11,9 @@ parameters at every update,
 with no gradient through rho, q and v. With ``popart`` (:mod:`stillhouse.popart`; Hessel et al. 2018, arXiv:1809.04474) the critic's
 error and the advantage are both divided by sigma, the scale of this environment's targets.
 
+A network with a memory (``network.recurrent``) is unrolled over each sequence from the state that the actor had at its first row;
+where an episode begins, the state is the initial one again.
+
 ``correction`` names the paper's ablations (section 5.2.2): ``one_step`` fits the critic to uncorrected n-step returns and multiplies
 the policy's gradient by the one weight rho_t; ``none`` has no weights at all.
 
@@ -31,7 +34,7 @@ Deviations from the paper and its code (``google-deepmind/scalable_agent``):
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -118,12 +121,14 @@ class Rollout:
         rewards: float32 [T, B], unscaled.
         terminated, truncated: bool [T, B].
         valid: bool [T, B], False on rows that are no transitions.
+        starts: bool [T, B], rows that begin an episode (or show the end of one, where the reset takes a row).
+        memory: the network's state before the first row, [B, state width].
         successor_times, successor_copies: int64 [K], of the transitions whose successor is not the row one step later: the
             truncated ones, and the last of each copy.
         successors: what these led to, [K, ...].
     """
 
-    def __init__(self, envs: VectorEnvironment, steps: int) -> None:
+    def __init__(self, envs: VectorEnvironment, steps: int, memory: np.ndarray) -> None:
         observation, shape = envs.spec.observation, (steps, envs.num_envs)
         self.observations = np.zeros((*shape, *observation.stored_shape), observation.dtype)
         self.logits = np.zeros((*shape, envs.spec.actions), np.float32)
@@ -132,6 +137,8 @@ class Rollout:
         self.terminated = np.zeros(shape, np.bool_)
         self.truncated = np.zeros(shape, np.bool_)
         self.valid = np.zeros(shape, np.bool_)
+        self.starts = np.zeros(shape, np.bool_)
+        self.memory = memory
         self.successor_times = np.zeros(0, np.int64)
         self.successor_copies = np.zeros(0, np.int64)
         self.successors = self.observations[0, :0]
@@ -148,6 +155,8 @@ class Sequences(NamedTuple):
         discounts: gamma, 0 where terminated [T, b].
         traces: lambda, 0 where an episode ended [T, b].
         valid: bool [T, b], False on rows that are no transitions.
+        starts: bool [T, b], rows that begin an episode.
+        memory: the network's state before the first row, [b, state width].
         successor_rows: rows of the flattened minibatch [T * b] whose successor is not the row one step later, [K].
         successors: these, [K, ...].
     """
@@ -159,6 +168,8 @@ class Sequences(NamedTuple):
     discounts: Tensor
     traces: Tensor
     valid: Tensor
+    starts: Tensor
+    memory: Tensor
     successor_rows: Tensor
     successors: Tensor
 
@@ -173,6 +184,19 @@ def build_value_head(network: MultiTaskNetwork, seed: int) -> nn.Linear:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeding.derive(seed, "critic"))
         return nn.Linear(network.feature_count, 1).to(next(network.parameters()).device)
+
+
+def build_critic(config: IMPALAConfig, network: MultiTaskNetwork, environment: str, seed: int) -> nn.Linear:
+    """The same, called as :func:`stillhouse.agents.ppo.build_critic` is: for joint training by either."""
+    return build_value_head(network, seed)
+
+
+def build_parameters(
+    config: IMPALAConfig, network: MultiTaskNetwork, beside: Mapping[str, nn.Module]
+) -> FlatParameters:
+    """A network's parameters, and its value heads' ``beside`` it, with IMPALA's optimiser."""
+    # The optimiser's epsilon is PPO's.
+    return FlatParameters(network, config.learning_rate, epsilon=1e-5, beside=beside)
 
 
 class IMPALA:
@@ -211,10 +235,7 @@ class IMPALA:
         self.reward_scale = 1.0  # logits have no scale of rewards
         self.envs = envs
         self.value_head = value_head or build_value_head(network, seed)
-        # The optimiser's epsilon is PPO's.
-        self.parameters = parameters or FlatParameters(
-            network, config.learning_rate, epsilon=1e-5, beside={"critic": self.value_head}
-        )
+        self.parameters = parameters or build_parameters(config, network, {"critic": self.value_head})
         self.device = self.parameters.values.device
         self.popart = PopArt(
             self.value_head,
@@ -225,7 +246,10 @@ class IMPALA:
         self.env_steps = 0
         self.episodes = 0
         self.recent_returns: deque[float] = deque(maxlen=100)
-        self.rollout = Rollout(envs, config.rollout_length)
+        # The actor's: of the network's memory, and whether the next observations begin an episode.
+        self._memory = network.initial_state(envs.num_envs)
+        self._starts = np.ones(envs.num_envs, np.bool_)
+        self.rollout = Rollout(envs, config.rollout_length, self._memory.cpu().numpy())
         # All parameters as they were before each of the last ``policy_lag`` updates, oldest first.
         self._snapshots: deque[Tensor] = deque(maxlen=config.policy_lag)
         self._sampling = seeding.generator(seed, "actions")
@@ -266,11 +290,15 @@ class IMPALA:
 
     @torch.inference_mode()
     def outputs(self, observations: np.ndarray) -> np.ndarray:
-        """The present policy's logits, float32 [B, A], for raw observations [B, ...]."""
+        """The present policy's logits, float32 [B, A], for raw observations [B, ...].
+
+        Raises:
+            StillhouseError: the network has a memory; :func:`stillhouse.evaluation.rollouts.network_policy` can play with it.
+        """
+        self.network.check_memoryless(self.environment)
         given = torch.from_numpy(observations).to(self.device)
-        features = self.network.features(given, self.environment)
-        logits: np.ndarray = self._logits(given, features).cpu().numpy()
-        return logits
+        logits = self._logits(given, self.network.features(given, self.environment))
+        return logits.cpu().numpy()
 
     def act(self) -> None:
         """Fill the rollout with the policy of ``policy_lag`` updates ago."""
@@ -285,15 +313,25 @@ class IMPALA:
         self._fill_rollout()
         values.copy_(present)
 
+    @torch.inference_mode()
+    def _step(self, observations: np.ndarray) -> np.ndarray:
+        """The logits to act by next, [B, A]; the memory takes the observations [B, ...] in."""
+        given = torch.from_numpy(observations).to(self.device)
+        starts = torch.from_numpy(self._starts).to(self.device)
+        features, states = self.network.unroll(given[None], self.environment, self._memory, starts[None])
+        self._memory = states[0]
+        return self._logits(given, features[0]).cpu().numpy()
+
     def _fill_rollout(self) -> None:
         rollout, observations = self.rollout, self._observations
+        rollout.memory = self._memory.cpu().numpy()
         # argmax(logits + Gumbel noise) is a sample of softmax(logits), and needs no probabilities that sum to 1.
         noise = self._sampling.gumbel(size=rollout.logits.shape)
         times: list[np.ndarray] = []
         copies: list[np.ndarray] = []
         successors: list[np.ndarray] = []
         for t in range(len(noise)):
-            logits = self.outputs(observations)
+            logits = self._step(observations)
             actions = (logits + noise[t]).argmax(axis=1)
             step = self.envs.step(actions)
             self._stepped(observations, actions, step)
@@ -304,7 +342,8 @@ class IMPALA:
             rollout.terminated[t] = step.terminated
             rollout.truncated[t] = step.truncated
             rollout.valid[t] = step.valid
-            observations = step.observations
+            rollout.starts[t] = self._starts
+            observations, self._starts = step.observations, step.starts
             if len(step.ended):
                 at_limit = step.truncated[step.ended]
                 copies.append(step.ended[at_limit])
@@ -340,10 +379,16 @@ class IMPALA:
             "discounts": torch.from_numpy(np.float32(config.gamma) * ~rollout.terminated),
             "traces": torch.from_numpy(np.float32(config.trace) * ~ended),
             "valid": torch.from_numpy(rollout.valid),
+            "starts": torch.from_numpy(rollout.starts),
         }
-        times, of_copies, successors = (
+        times, of_copies, successors, memory = (
             torch.from_numpy(part)
-            for part in (rollout.successor_times, rollout.successor_copies, rollout.successors)
+            for part in (
+                rollout.successor_times,
+                rollout.successor_copies,
+                rollout.successors,
+                rollout.memory,
+            )
         )
         for _ in range(config.epochs):
             order = torch.randperm(copies, generator=self._shuffling)
@@ -354,6 +399,7 @@ class IMPALA:
                 rows = times[here] * len(chosen) + column_of[of_copies[here]]
                 yield Sequences(
                     **{name: column[:, chosen].to(self.device) for name, column in columns.items()},
+                    memory=memory[chosen].to(self.device),
                     successor_rows=rows.to(self.device),
                     successors=successors[here].to(self.device),
                 )
@@ -377,16 +423,18 @@ class IMPALA:
     def _loss(self, batch: Sequences) -> Tensor:
         """The loss on a minibatch, a scalar with its graph; PopArt's statistics move by the minibatch's targets."""
         steps, copies = batch.actions.shape
-        observations = batch.observations.flatten(0, 1)
-        features = self.network.features(observations, self.environment)
-        log_policy = torch.log_softmax(self._logits(observations, features), 1)
+        unrolled, states = self.network.unroll(
+            batch.observations, self.environment, batch.memory, batch.starts
+        )
+        features = unrolled.flatten(0, 1)
+        log_policy = torch.log_softmax(self._logits(batch.observations.flatten(0, 1), features), 1)
         actions = batch.actions.flatten()
         with torch.no_grad():
             values = self._values(features)  # [T * b]
             next_values = torch.cat([values[copies:], values.new_zeros(copies)])  # 0 where it terminated only
-            next_values[batch.successor_rows] = self._values(
-                self.network.features(batch.successors, self.environment)
-            )
+            led_from, going_on = states.flatten(0, 1)[batch.successor_rows], batch.successor_rows[None] < 0
+            led_to, _ = self.network.unroll(batch.successors[None], self.environment, led_from, going_on)
+            next_values[batch.successor_rows] = self._values(led_to[0])
             log_pi = log_policy.gather(1, actions.unsqueeze(1)).view(steps, copies)
             log_ratio = log_pi - batch.log_mu
             rewards = self._rewards(batch, log_policy.detach().view(steps, copies, -1))
@@ -455,6 +503,8 @@ class IMPALA:
             "parameters": self.parameters.get_state(),
             "popart": self.popart.get_state(),
             "snapshots": [snapshot.cpu().numpy().copy() for snapshot in self._snapshots],
+            "memory": self._memory.cpu().numpy().copy(),
+            "starts": self._starts.copy(),
             "envs": self.envs.get_state(),
             "env_steps": self.env_steps,
             "episodes": self.episodes,
@@ -471,6 +521,8 @@ class IMPALA:
         self._snapshots.extend(
             torch.from_numpy(np.array(part)).to(self.device) for part in state["snapshots"]
         )
+        self._memory = torch.from_numpy(np.array(state["memory"])).to(self.device)
+        self._starts = np.array(state["starts"])
         self._observations = self.envs.set_state(state["envs"])
         self.env_steps = state["env_steps"]
         self.episodes = state["episodes"]

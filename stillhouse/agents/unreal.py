@@ -25,7 +25,8 @@ Deviations from the paper:
 4. The bootstrap values come from the present parameters, without a gradient; there is no target network.
 5. Cells are ``cell_size`` x ``cell_size`` pixels of planes or pictures in 0..1 (84 x 84 pictures with cells of 4 x 4 on a central crop
    in the paper), so that the grid's size, and with it the sum over cells, follows the observation.
-6. The network's features have no last action and reward as inputs.
+6. The network has no last action and reward as inputs. A memory (``network.recurrent``) begins each piece empty, wherever in its
+   episode that begins.
 """
 
 from __future__ import annotations
@@ -38,8 +39,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from stillhouse import seeding
-from stillhouse.agents import impala
-from stillhouse.agents.impala import IMPALA, IMPALAConfig, Sequences
+from stillhouse.agents.impala import IMPALA, IMPALAConfig, Sequences, build_parameters, build_value_head
 from stillhouse.envs.vector import Step, VectorEnvironment
 from stillhouse.errors import StillhouseError
 from stillhouse.losses.auxiliary import (
@@ -124,9 +124,7 @@ class RewardPredictionHead(nn.Sequential):
         super().__init__(nn.Linear(_FRAMES * features, 128), nn.ReLU(), nn.Linear(128, 3))
 
 
-def build_value_head(
-    config: UNREALConfig, network: MultiTaskNetwork, environment: str, seed: int
-) -> nn.Linear:
+def build_critic(config: UNREALConfig, network: MultiTaskNetwork, environment: str, seed: int) -> nn.Linear:
     """IMPALA's fresh critic, and in it, as its modules of their names, the heads of the auxiliary tasks that are on.
 
     Args:
@@ -138,7 +136,7 @@ def build_value_head(
     Raises:
         StillhouseError: pixel control on what has no pixels, or cells larger than it.
     """
-    critic = impala.build_value_head(network, seed)
+    critic = build_value_head(network, seed)
     spec = network.spec.environments[environment]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeding.derive(seed, "auxiliary"))
@@ -175,7 +173,7 @@ class UNREAL(IMPALA):
         envs: the copies to act in; ``num_envs`` of them.
         seed: the stage's seed.
         parameters: the network's and the value head's, where somebody else made them; own ones where none are given.
-        value_head: from :func:`build_value_head`, with ``parameters``.
+        value_head: from :func:`build_critic`, with ``parameters``.
 
     Raises:
         StillhouseError: pixel control on what has no pixels, or cells larger than it.
@@ -193,7 +191,8 @@ class UNREAL(IMPALA):
         parameters: FlatParameters | None = None,
         value_head: nn.Linear | None = None,
     ) -> None:
-        value_head = value_head or build_value_head(config, network, environment, seed)
+        value_head = value_head or build_critic(config, network, environment, seed)
+        parameters = parameters or build_parameters(config, network, {"critic": value_head})
         super().__init__(config, network, environment, envs, seed, parameters, value_head)
         observation = envs.spec.observation
         self._channels_first = observation.channels_first
@@ -224,14 +223,17 @@ class UNREAL(IMPALA):
         return total
 
     def _replayed_features(self, observations: np.ndarray) -> Tensor:
-        """The network's features [T + 1, S, n] of observations [T + 1, S, ...]."""
-        given = torch.from_numpy(observations).to(self.device)
-        return self.network.features(given.flatten(0, 1), self.environment).unflatten(0, given.shape[:2])
+        """The network's features [T + 1, S, n] of observations [T + 1, S, ...]; a memory begins each piece empty."""
+        given = self._tensor(observations)
+        nothing = self.network.initial_state(given.shape[1])
+        starts = torch.zeros(given.shape[:2], dtype=torch.bool, device=self.device)
+        features, _ = self.network.unroll(given, self.environment, nothing, starts)
+        return features
 
     def _pixel_control(self, pieces: ReplayedSequences, features: Tensor) -> Tensor:
         """The loss for features [T + 1, S, n]."""
         config = self.config
-        observations = torch.from_numpy(pieces.observations).to(self.device)
+        observations = self._tensor(pieces.observations)
         if self._channels_first:
             observations = observations.movedim(2, -1)
         q_values = self.value_head.get_submodule("pixel_control")(features.flatten(0, 1))

@@ -27,6 +27,11 @@ class ClippedLoss(NamedTuple):
     logits_gradient: Tensor
     values_gradient: Tensor
 
+    def total(self, value_coefficient: float, entropy_coefficient: float) -> Tensor:
+        """The whole's mean over the batch, a scalar."""
+        whole = torch.add(self.policy, self.value, alpha=value_coefficient)
+        return whole.sub_(self.entropy, alpha=entropy_coefficient).mean()
+
 
 @torch.no_grad()
 def clipped_loss(

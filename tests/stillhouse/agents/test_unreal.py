@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stillhouse.agents import fresh_network, make_learner
 from stillhouse.agents.impala import IMPALA
-from stillhouse.agents.unreal import UNREAL, PixelControlHead, UNREALConfig, build_value_head
+from stillhouse.agents.unreal import UNREAL, PixelControlHead, UNREALConfig, build_critic
 from stillhouse.checkpoint import load_checkpoint, load_state, save_checkpoint, save_state
 from stillhouse.config import parse
 from stillhouse.envs.make import EnvironmentConfig
@@ -22,6 +22,7 @@ from stillhouse.envs.vector import VectorEnvironment
 from stillhouse.errors import StillhouseError
 from stillhouse.evaluation.rollouts import evaluate
 from stillhouse.losses.auxiliary import reward_prediction_loss
+from stillhouse.multi_task.hard_sharing import HardSharingConfig, hard_sharing
 from stillhouse.networks.multi_task import NetworkSize
 from stillhouse.networks.parameters import FlatParameters
 
@@ -122,27 +123,37 @@ def reached(gradient: dict[str, Tensor]) -> set[str]:
 
 
 @pytest.mark.parametrize("environment", [MAZE, IMAGE], ids=["planes", "image"])
-def test_each_loss_reaches_what_it_should(environment: EnvironmentConfig) -> None:
-    agent = filled(on(environment))
+@pytest.mark.parametrize("recurrent", ["none", "lstm"])
+def test_each_loss_reaches_what_it_should(environment: EnvironmentConfig, recurrent: str) -> None:
+    network = {**SETTINGS["network"], "recurrent": recurrent}
+    agent = filled(on(environment, network=network))
+    features_of = {"adapters", "torso", *(["memory"] if recurrent == "lstm" else [])}
     pieces = agent.replay.sample_sequences(20, 7, np.random.default_rng(0))
 
     def features() -> Tensor:
         return agent._replayed_features(pieces.observations)
 
     of_pixels = gradient_of(agent, agent._pixel_control(pieces, features()))
-    assert reached(of_pixels) == {"adapters", "torso", "pixel_control"}
+    assert reached(of_pixels) == {*features_of, "pixel_control"}
     of_values = gradient_of(agent, agent._value_replay(pieces, features()))
-    assert reached(of_values) == {"adapters", "torso", "critic"}
+    assert reached(of_values) == {*features_of, "critic"}
     of_rewards = gradient_of(agent, agent._reward_prediction())  # from the adapter, before the torso
     assert reached(of_rewards) == {"adapters", "reward_prediction"}
-    off = on(environment, **only())
+    off = on(environment, network=network, **only())
     off.act()
-    assert reached(gradient_of(off, off._loss(next(off.batches())))) == {
-        "adapters",
-        "torso",
-        "heads",
-        "critic",
-    }
+    assert reached(gradient_of(off, off._loss(next(off.batches())))) == {*features_of, "heads", "critic"}
+
+
+def test_a_memory_begins_each_piece_empty_and_knows_what_came_before_in_it() -> None:
+    agent = filled(on(MAZE, network={**SETTINGS["network"], "recurrent": "gru"}))
+    pieces = agent.replay.sample_sequences(20, 7, np.random.default_rng(0))
+    features = agent._replayed_features(pieces.observations)
+    shown, memory = torch.from_numpy(pieces.observations), torch.zeros(20, 8)
+    never = torch.zeros(1, 20, dtype=torch.bool)
+    for t in range(8):
+        now, states = agent.network.unroll(shown[t : t + 1], "maze", memory, never)
+        memory = states[0]
+        torch.testing.assert_close(features[t], now[0])
 
 
 def pseudo_reward(before: np.ndarray, after: np.ndarray, size: int) -> np.ndarray:
@@ -264,13 +275,21 @@ def test_the_loss_is_the_weighted_sum_and_backward_adds_its_gradient() -> None:
     assert not torch.allclose(agent.parameters.gradient, whole)
 
 
-@pytest.mark.parametrize("settings", [{}, {"policy_lag": 3, "epochs": 2}, {"popart": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"policy_lag": 3, "epochs": 2},
+        {"popart": True},
+        {"network": {**SETTINGS["network"], "recurrent": "lstm"}},
+    ],
+)
 def test_with_every_task_off_it_is_impala_bit_for_bit(settings: dict[str, Any]) -> None:
     unreal = on(MAZE, **only(), **settings)
     shared = {
         name: value for name, value in SETTINGS.items() if not name.startswith(("replay", "reward", "cell"))
     }
-    plain = make_learner({**shared, "algorithm": "impala", **settings}, "maze", MAZE, 0)
+    plain: Any = make_learner({**shared, "algorithm": "impala", **settings}, "maze", MAZE, 0)
     assert list(unreal.train()) == list(plain.train())
     state, expected = unreal.get_state(), plain.get_state()
     assert set(state) - set(expected) == {"sequences", "replaying"}
@@ -333,7 +352,7 @@ def test_the_checkpoint_is_the_network_alone(tmp_path: Path) -> None:
 def test_given_parameters_are_the_ones_that_learn() -> None:
     own, other = on_dots(), on_dots()
     network = fresh_network(SIZE, "dots", other.envs.spec, "logits", 0)
-    head = build_value_head(own.config, network, "dots", 0)
+    head = build_critic(own.config, network, "dots", 0)
     parameters = FlatParameters(network, own.config.learning_rate, epsilon=1e-5, beside={"critic": head})
     agent = UNREAL(own.config, network, "dots", other.envs, 0, parameters, head)
     assert agent.parameters is parameters
@@ -342,8 +361,34 @@ def test_given_parameters_are_the_ones_that_learn() -> None:
     assert torch.equal(own.parameters.values, parameters.values)
 
 
+def test_joint_training_gives_every_environment_its_own_heads_and_replay() -> None:
+    learner = {"algorithm": "unreal", **SETTINGS}
+    del learner["network"]
+    other = EnvironmentConfig(id="stillhouse/Maze-v0", options={"size": 7}, max_episode_steps=12)
+    environments = {"small": MAZE, "large": other}
+    config = HardSharingConfig(network=SIZE)
+    joint, again = (hard_sharing(config, learner, environments, 0) for _ in range(2))
+    slices = joint.learners["small"].parameters.slices
+    for name in environments:
+        assert f"critic.{name}.pixel_control.deconvolution.weight" in slices
+    begin = joint.learners["small"].parameters.values.clone()
+    reports = list(joint.train())
+    assert reports[-1].done == 1200 and "loss/pixel_control" in reports[-1].metrics
+    moved = joint.learners["small"].parameters.values != begin
+    assert all(moved[place].any() for place in slices.values())
+    for _, report in zip(range(3), again.train(), strict=False):
+        middle = report
+    state = again.get_state()
+    resumed = hard_sharing(config, learner, environments, 0)
+    resumed.set_state(state)
+    assert middle == reports[2] and list(resumed.train()) == reports[3:]
+
+
 @pytest.mark.parametrize("environment", [MAZE, IMAGE], ids=["planes", "image"])
-@pytest.mark.parametrize("settings", [{}, {"policy_lag": 3, "popart": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"policy_lag": 3, "popart": True, "network": {**SETTINGS["network"], "recurrent": "gru"}}],
+)
 def test_interrupted_and_uninterrupted_end_in_the_same_bytes(
     environment: EnvironmentConfig, settings: dict[str, Any], tmp_path: Path
 ) -> None:
