@@ -245,3 +245,5 @@ def test_cut_episodes_end_where_they_were_cut() -> None:
     before = {(copy, episode, count - 1) for copy, episode, count in open_frames if count}
     assert before <= firsts
     assert not sequences.terminated[:, [tuple(f) in before for f in shown[0].tolist()]].any()
+    frames, _ = played.replay.sample_rewards(3000, 3, np.random.default_rng(0))
+    assert (frames[:, :, :2] == frames[:, :1, :2]).all()
