@@ -33,13 +33,12 @@ THRESHOLD = 0.8  # of the episodes; always finding the goal is 1
 WINDOW = 40_000  # env steps: more than the first episode of every copy takes
 EVERY = 20_000  # env steps between the points of a curve
 
-MAZE: dict[str, Any] = {"size": 11}
+MAZE: dict[str, Any] = {"id": "stillhouse/Maze-v0", "options": {"size": 11}, "max_episode_steps": 100}
 SETTINGS: dict[str, Any] = {
     "algorithm": "unreal",
     "env_steps": 1_200_000,
     "learning_rate": 3e-3,
     "learning_rate_decay": False,
-    "cell_size": 1,
 }
 WEIGHTS = {"pixel_control": 0.05, "reward_prediction": 1.0, "value_replay": 1.0}
 ARMS: dict[str, tuple[str, ...]] = {"plain": (), **{task: (task,) for task in WEIGHTS}, "all": tuple(WEIGHTS)}
@@ -52,7 +51,7 @@ def settings(arm: str) -> dict[str, Any]:
 
 def run(arm: str, seed: int) -> dict[str, Any]:
     """One training."""
-    environment = EnvironmentConfig(id="stillhouse/Maze-v0", options=MAZE | {"layout_seed": seed})
+    environment = EnvironmentConfig(**MAZE | {"options": MAZE["options"] | {"layout_seed": seed}})
     learner: Any = make_learner(settings(arm), "maze", environment, seed)
     learner.recent_returns = deque()  # all of them, taken away as they come
     began = time.process_time()
