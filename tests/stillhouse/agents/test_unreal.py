@@ -468,7 +468,7 @@ LEARNING = {
     "reward_batch": 32,
     "pixel_control_weight": 0.05,
     "cell_size": 1,
-    "network": {},
+    "network": {"layer_norm": True},
 }
 
 
