@@ -75,7 +75,7 @@ def environment_spec(
     """
     if not isinstance(action_space, spaces.Discrete):
         raise StillhouseError(
-            f"{where}: action space {action_space} is not supported: DQN, PQN and PPO choose among a finite set of actions, "
+            f"{where}: action space {action_space} is not supported: the algorithms choose among a finite set of actions, "
             "so the action space must be Discrete; discretise the actions in a wrapper of your own"
         )
     if action_space.start != 0:
@@ -101,10 +101,26 @@ def _observation_spec(space: gymnasium.Space[Any], where: str) -> ObservationSpe
             if min((second, third) if channels_first else (first, second)) >= 3:
                 return ObservationSpec(kind=kind, shape=space.shape, channels_first=channels_first)
     raise StillhouseError(
-        f"{where}: observation space {space} is not supported; supported are Box with one axis (vectors), Box with "
-        "three axes of bool or uint8 and sides of at least 3 (planes, images) and Discrete starting at 0; Dict and Tuple observations can be "
-        "flattened with gymnasium.wrappers.FlattenObservation"
+        f"{where}: observation space {space} is not supported: no adapter brings it to the features that a torso takes; there are adapters "
+        "for Box with one axis (vectors), Box with three axes of bool or uint8 and sides of at least 3 (planes, images) and Discrete starting "
+        f"at 0, so {_advice(space)}"
     )
+
+
+def _advice(space: gymnasium.Space[Any]) -> str:
+    """What to put between an environment and the network."""
+    if isinstance(space, spaces.Discrete):
+        return "subtract its start in a wrapper of your own"
+    if isinstance(space, spaces.Box) and space.dtype in (np.bool_, np.uint8) and len(space.shape) == 2:
+        height, width = space.shape
+        return (
+            f"give it an axis of channels: gymnasium.wrappers.ReshapeObservation(env, ({height}, {width}, 1))"
+        )
+    if isinstance(space, spaces.Box) and len(space.shape) == 3 and space.dtype not in (np.bool_, np.uint8):
+        return "where its numbers are 0 to 255, make it uint8 with gymnasium.wrappers.DtypeObservation, else a vector with FlattenObservation"
+    if space.is_np_flattenable:
+        return "make it a vector with gymnasium.wrappers.FlattenObservation"
+    return "give it observations of one fixed size in a wrapper of your own"
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 DVC_LOCK = Path("dvc.lock")
 STUDIES = Path("benchmarks/results/policy_distillation")  # of the committed results, one file each
 TRANSFER = Path("benchmarks/results/transfer")  # the same of transfer, by suite
+MULTI_TASK = Path("benchmarks/results/multi_task")  # the same of multi-task learning
 # Other benchmarks whose tables stand on the page of published results.
 MEASURED = ("distillation", "on_policy", "peers", "ppo", "pqn", "simulators")
 DVC_HEADER = "# generated: edit params/ and run `stillhouse plan`\n"
@@ -321,12 +322,14 @@ def stages_of(params: Params) -> list[Stage]:
         measured = [str(path) for name in MEASURED if (path := STUDIES.parent / f"{name}.md").is_file()]
         curves = ["docs/results/online-distillation.svg"] if str(STUDIES / "online.json") in studies else []
         moved = sorted(map(str, TRANSFER.glob("*.json")))
+        shared = sorted(map(str, MULTI_TASK.glob("*.json")))
         pages = ["docs/results/transfer.md"] if moved else []
+        pages += ["docs/results/multi-task.md"] if shared else []
         stages.append(
             Stage(
                 name="publish_results",
                 argv=python("publish_results"),
-                deps=[code("publish_results"), *studies, *moved, *measured],
+                deps=[code("publish_results"), *studies, *moved, *shared, *measured],
                 in_git=["docs/results/policy-distillation.md", *curves, *pages],
                 cost=3.0,
             )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from stillhouse.files import write_atomic
 from tasks import transfer_page
+from tasks.multi_task_page import MULTI_TASK
 from tasks.results_page import ONLINE_CURVE, POLICY_DISTILLATION, online_curve, render
 from tasks.stage import StageContext, main
 from tasks.studies import FOLDER, read_study
@@ -24,6 +25,9 @@ def publish_results(context: StageContext) -> None:
     if "online" in studies:
         write_atomic(ONLINE_CURVE, online_curve(studies["online"]))
     moved = {path.stem: json.loads(path.read_text()) for path in paths if path.parent == transfer_page.FOLDER}
+    shared = {path.stem: read_study(path) for path in paths if path.parent == MULTI_TASK.folder}
+    if shared:
+        write_atomic(MULTI_TASK.path, render(MULTI_TASK, shared))
     if moved:
         write_atomic(transfer_page.PAGE, transfer_page.render(moved))
 

@@ -307,11 +307,25 @@ def _joint_section(results: Results, summary: Summary) -> str:
         lead = f"<code>{escape(name)}</code>, one network of {network.parameters:,} parameters for {names}. "
         parts.append(
             f'<h3>{escape(name)}</h3><p class="lead small">{lead}{_experience(results, name, joint=True)}</p>'
+            + _diverged(results, name)
             + _scores(results, network, "Joint", {})
         )
     parts += [_interference(found) for found in interference(results, summary) if len(found.networks) > 1]
     lead = "One network that learns all its environments at once by itself, without teachers."
     return _section("Trained jointly", lead, "".join(parts), "joint")
+
+
+def _diverged(results: Results, name: str) -> str:
+    """Environments that the training of a joint network went on without."""
+    found = [
+        f"{environment} after {env_steps:,} env steps of its own (seed {seed})"
+        for seed, run in results.joint[name].items()
+        for environment, env_steps in run.get("diverged", {}).items()
+    ]
+    if not found:
+        return ""
+    said = "; ".join(map(escape, found))
+    return f'<p class="note warn">Left out, for its loss was not finite: {said}.</p>'
 
 
 def _interference(found: Interference) -> str:

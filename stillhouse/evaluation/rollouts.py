@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 import torch
 from pydantic import Field
+from torch import nn
 
 from stillhouse.config import Config
 from stillhouse.envs.make import EnvironmentConfig, make
@@ -163,7 +164,7 @@ def policy_outputs(policy: Policy, observations: np.ndarray, starts: np.ndarray)
     return policy.step(observations, starts) if isinstance(policy, MemoryPolicy) else policy(observations)
 
 
-def network_policy(network: MultiTaskNetwork, environment: str, device: str = "cpu") -> Policy:
+def network_policy(network: nn.Module, environment: str, device: str = "cpu") -> Policy:
     """A network's outputs for one of its environments as a policy on arrays, without gradients.
 
     Args:
@@ -172,7 +173,7 @@ def network_policy(network: MultiTaskNetwork, environment: str, device: str = "c
         device: where the network is.
     """
     network.eval()
-    if network.spec.size.recurrent != "none":
+    if isinstance(network, MultiTaskNetwork) and network.spec.size.recurrent != "none":
         return MemoryPolicy(network, environment, device)
 
     def policy(observations: np.ndarray) -> np.ndarray:

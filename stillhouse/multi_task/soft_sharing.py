@@ -190,17 +190,16 @@ class TiedUpdate:
 def tied_places(learners: Mapping[str, Learner]) -> dict[str, dict[str, slice]]:
     """What can be tied: by place in the network, where each environment's flat parameters hold it.
 
-    A place is a parameter's name without the environment's or observation's part, ``adapters.body.dense.weight``. Only
-    those of equal shape in all environments are there, and no heads or critics.
+    A place is a parameter's name in the network without the observation's part: ``adapters.body.dense.weight``. Only those that all
+    environments have in equal shape are there, and so no heads, which bear their environment's name.
     """
     found: dict[str, dict[str, slice]] = {}
     shapes: dict[str, set[torch.Size]] = {}
     for name, learner in learners.items():
         for key, parameter in learner.network.named_parameters():
-            if not key.startswith("heads."):
-                place = re.sub(r"^adapters\.[^.]+", "adapters", key)
-                found.setdefault(place, {})[name] = learner.parameters.slices[key]
-                shapes.setdefault(place, set()).add(parameter.shape)
+            place = re.sub(r"^adapters\.[^.]+", "adapters", key)
+            found.setdefault(place, {})[name] = learner.parameters.slices[key]
+            shapes.setdefault(place, set()).add(parameter.shape)
     return {
         place: slices
         for place, slices in found.items()

@@ -197,11 +197,11 @@ def refusal(overrides: list[str]) -> str:
         ),
         (
             [
-                "train_teacher.cartpole.algorithm=impala",
-                "train_teacher.cartpole.network.recurrent=gru",
                 "distill_student.acting.method=offline",
                 "distill_student.following.method=offline",
                 f"{TRANSFER}.sources=[cartpole]",
+                "train_teacher.cartpole.algorithm=impala",
+                "train_teacher.cartpole.network.recurrent=gru",
             ],
             [f"{TRANSFER}.sources", "teacher of cartpole has a memory", "sources without one"],
         ),

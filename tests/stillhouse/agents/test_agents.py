@@ -136,10 +136,12 @@ def test_backward_adds_to_the_gradient_and_gives_the_loss(algorithm: str) -> Non
     losses.append(agent.backward(batches[0]))
     assert once.abs().max() > 0
     torch.testing.assert_close(agent.parameters.gradient, 2 * once)
-    assert float(losses[0]) == float(losses[1]) and losses[0].shape == () and not losses[0].requires_grad
+    # Not the same bit for bit: PopArt's statistics move with the first, and the value head is rescaled.
+    assert float(losses[0]) == pytest.approx(float(losses[1]), abs=1e-6)
+    assert losses[0].shape == () and not losses[0].requires_grad
     found = agent.metrics()
     whole = found.get("loss/td")
-    if algorithm == "ppo":
+    if algorithm in ("impala", "ppo"):
         whole = found["loss/policy"] + 0.5 * found["loss/value"] - 0.01 * found["policy/entropy"]
     assert whole == pytest.approx(float(losses[0]), abs=1e-6)
 

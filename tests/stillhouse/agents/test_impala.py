@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -9,14 +11,17 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from scipy.stats import permutation_test
 from torch import Tensor
 
 from stillhouse.agents import fresh_network, impala, make_learner
 from stillhouse.agents.impala import IMPALA, IMPALAConfig, Sequences, build_value_head
+from stillhouse.checkpoint import load_state, save_state
 from stillhouse.config import parse
 from stillhouse.envs.make import EnvironmentConfig
 from stillhouse.envs.vector import VectorEnvironment
 from stillhouse.errors import StillhouseError
+from stillhouse.evaluation.rollouts import evaluate, network_policy
 from stillhouse.losses.policy_gradient import actor_critic_loss
 from stillhouse.networks.multi_task import NetworkSize
 from stillhouse.networks.parameters import FlatParameters
@@ -53,11 +58,15 @@ def counters(mode: AutoresetMode = AutoresetMode.DISABLED, copies: int = 5) -> V
     )
 
 
-def on_counters(mode: AutoresetMode = AutoresetMode.DISABLED, **settings: Any) -> IMPALA:
+def on_counters(
+    mode: AutoresetMode = AutoresetMode.DISABLED, recurrent: str = "none", **settings: Any
+) -> IMPALA:
     given = {"num_envs": 5, "rollout_length": 23, "minibatches": 3, "trace": 0.95, **settings}
-    config = IMPALAConfig(network=SIZE, **given)
+    config = IMPALAConfig(network=SIZE.model_copy(update={"recurrent": recurrent}), **given)
     envs = counters(mode)
-    return IMPALA(config, fresh_network(SIZE, "counter", envs.spec, "logits", 0), "counter", envs, 0)
+    return IMPALA(
+        config, fresh_network(config.network, "counter", envs.spec, "logits", 0), "counter", envs, 0
+    )
 
 
 def update(agent: IMPALA) -> None:
@@ -140,28 +149,40 @@ def naive_loss(agent: IMPALA, batch: Sequences) -> Tensor:
     """The module's equations, a transition at a time, with the graph through logits and values only."""
     config, popart = agent.config, agent.popart
     steps, copies = batch.actions.shape
-    rows = batch.observations.flatten(0, 1)
-    features = agent.network.features(rows, "counter")
-    log_pi = torch.log_softmax(agent.network.head(features, "counter"), 1).view(steps, copies, -1)
-    values = popart.unnormalise(agent.value_head(features)).view(steps, copies)
-    led = agent.network.features(batch.successors, "counter")
-    successors = dict(
-        zip(
-            batch.successor_rows.tolist(),
-            popart.unnormalise(agent.value_head(led))[:, 0].tolist(),
-            strict=True,
-        )
-    )
+    successors = dict(zip(batch.successor_rows.tolist(), batch.successors, strict=True))
+    no_start = torch.zeros(1, 1, dtype=torch.bool)
+    logits, worth = (
+        {},
+        {},
+    )  # by copy and time; of successors that are not the next row, by copy and time of the row they follow
+    led_to = {}
+    for row in range(copies):
+        state = batch.memory[row : row + 1]
+        for t in range(steps):
+            observation = batch.observations[t, row]
+            if observation == 0:  # an episode's first
+                state = torch.zeros_like(state)
+            feature, states = agent.network.unroll(observation[None, None], "counter", state, no_start)
+            state = states[0]
+            logits[row, t] = torch.log_softmax(agent.network.head(feature[0], "counter")[0], 0)
+            worth[row, t] = popart.unnormalise(agent.value_head(feature[0])).squeeze()
+            if t * copies + row in successors:
+                shown = successors[t * copies + row][None, None]
+                feature, _ = agent.network.unroll(shown, "counter", state, no_start)
+                led_to[row, t] = popart.unnormalise(agent.value_head(feature[0])).item()
     total, count = torch.zeros(()), int(batch.valid.sum())
     normalised, targets_seen = [], []
     for row in range(copies):
         following: float | None = None
         for t in reversed(range(steps)):
-            log_pi_a = log_pi[t, row, batch.actions[t, row]]
+            log_pi = logits[row, t]
+            log_pi_a = log_pi[batch.actions[t, row]]
             ratio = float((log_pi_a.detach() - batch.log_mu[t, row]).exp())
-            value, reward = values[t, row].item(), batch.rewards[t, row].item()
+            value, reward = worth[row, t].item(), batch.rewards[t, row].item()
             discount, trace = batch.discounts[t, row].item(), batch.traces[t, row].item()
-            next_value = successors.get(t * copies + row, values[t + 1, row].item() if t + 1 < steps else 0.0)
+            next_value = (
+                led_to[row, t] if (row, t) in led_to else worth.get((row, t + 1), torch.zeros(())).item()
+            )
             following = next_value if following is None else following
             corrected = ratio if config.correction == "vtrace" else 1.0
             rho, c = min(config.rho_bar, corrected), trace * min(config.c_bar, corrected)
@@ -173,19 +194,28 @@ def naive_loss(agent: IMPALA, batch: Sequences) -> Tensor:
             if not batch.valid[t, row]:
                 continue
             advantage = weight * (reward + discount * mixed - value)
-            entropy = -(log_pi[t, row].exp() * log_pi[t, row]).sum()
+            entropy = -(log_pi.exp() * log_pi).sum()
             total = total - (advantage * log_pi_a / popart.sigma + config.entropy_coefficient * entropy)
-            normalised.append((values[t, row] - popart.mu) / popart.sigma)
+            normalised.append((worth[row, t] - popart.mu) / popart.sigma)
             targets_seen.append((target - popart.mu) / popart.sigma)
     error = torch.stack(normalised) - torch.tensor(targets_seen)
     return (total + config.value_coefficient * error.square().sum() / 2) / count
 
 
 @pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.DISABLED])
-@pytest.mark.parametrize("correction", ["vtrace", "one_step", "none"])
-def test_the_gradient_is_that_of_the_equations(mode: AutoresetMode, correction: str) -> None:
+@pytest.mark.parametrize(
+    ("correction", "recurrent"),
+    [("vtrace", "none"), ("one_step", "none"), ("none", "none"), ("vtrace", "gru"), ("vtrace", "lstm")],
+)
+def test_the_gradient_is_that_of_the_equations(mode: AutoresetMode, correction: str, recurrent: str) -> None:
     agent = on_counters(
-        mode, correction=correction, policy_lag=4, learning_rate=0.01, entropy_coefficient=0.1, rho_bar=1.2
+        mode,
+        recurrent,
+        correction=correction,
+        policy_lag=4,
+        learning_rate=0.01,
+        entropy_coefficient=0.1,
+        rho_bar=1.2,
     )
     for _ in range(4):
         update(agent)
@@ -244,6 +274,60 @@ def test_the_actor_is_so_many_updates_behind(lag: int) -> None:
             agent.parameters.zero_gradient()
             agent.backward(batch)
             agent.parameters.step(agent.learning_rate)
+
+
+@pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP, AutoresetMode.DISABLED])
+@pytest.mark.parametrize("recurrent", ["gru", "lstm"])
+def test_the_actor_remembers_its_episode_and_no_other(mode: AutoresetMode, recurrent: str) -> None:
+    """Over two rollouts, the logits acted by are those of the network unrolled over each episode alone."""
+    agent = on_counters(mode, recurrent, learning_rate=0.1)
+    with torch.no_grad():
+        agent.network.heads["counter"].weight.mul_(100)  # or every policy is nearly uniform
+    shown, acted = [], []
+    for _ in range(2):
+        agent.act()
+        shown.append(torch.from_numpy(agent.rollout.observations.copy()))
+        acted.append(torch.from_numpy(agent.rollout.logits.copy()))
+    observations, logits = torch.cat(shown), torch.cat(acted)
+    begins = observations[..., 0] == 0
+    for copy in range(5):
+        times = [*begins[:, copy].nonzero().flatten().tolist(), len(observations)]
+        assert times[0] == 0 and len(times) > 10
+        for begin, end in itertools.pairwise(times):
+            alone = observations[begin:end, copy : copy + 1]
+            starts = torch.zeros(len(alone), 1, dtype=torch.bool)
+            features, _ = agent.network.unroll(alone, "counter", agent.network.initial_state(1), starts)
+            expected = agent.network.head(features[:, 0], "counter").detach()
+            over = slice(end - 1, end) if mode == AutoresetMode.NEXT_STEP else slice(0, 0)
+            expected[over.start - begin : over.stop - begin] = logits[
+                over, copy
+            ]  # the row spent on the reset
+            torch.testing.assert_close(logits[begin:end, copy], expected)
+
+
+@pytest.mark.parametrize("recurrent", ["gru", "lstm"])
+def test_a_memory_goes_on_after_an_interruption(recurrent: str, tmp_path: Path) -> None:
+    """The state, the lag's ring and PopArt's statistics included."""
+
+    def fresh() -> IMPALA:
+        settings = {"env_steps": 800, "num_envs": 5, "rollout_length": 7, "minibatches": 2, "policy_lag": 5}
+        size = SIZE.model_dump() | {"recurrent": recurrent}
+        given = {"algorithm": "impala", **settings, "popart": True, "network": size}
+        agent = make_learner(given, "cartpole", EnvironmentConfig(id="CartPole-v1"), 0)
+        assert isinstance(agent, IMPALA)
+        return agent
+
+    whole, interrupted, resumed = fresh(), fresh(), fresh()
+    reports = list(whole.train())
+    for _ in zip(range(10), interrupted.train(), strict=False):
+        pass
+    save_state(tmp_path / "state", interrupted.get_state())
+    resumed.set_state(load_state(tmp_path / "state"))
+    assert list(resumed.train())[-1] == reports[-1]
+    for name, agent in (("a", whole), ("b", resumed)):
+        save_state(tmp_path / name, agent.get_state())
+    for name in ("state.safetensors", "state.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 def test_actions_are_samples_of_the_policy() -> None:
@@ -351,3 +435,57 @@ def test_refused_in_one_line(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(StillhouseError, match=message) as refusal:
         parse(IMPALAConfig, settings, "train_teacher.cartpole")
     assert "\n" not in str(refusal.value)
+
+
+class Recall(gymnasium.Env[int, int]):
+    """Shows a number, then nothing, then asks for it: 1 for the right answer. A guess is right every third time."""
+
+    observation_space = gymnasium.spaces.Discrete(5)
+    action_space = gymnasium.spaces.Discrete(3)
+    metadata = {"render_modes": []}
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[int, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.count, self.number = 0, int(self.np_random.integers(3))
+        return self.number, {}
+
+    def step(self, action: int) -> tuple[int, float, bool, bool, dict[str, Any]]:
+        self.count += 1
+        over = self.count == 3
+        return 4 if self.count == 2 else 3, float(over and action == self.number), over, False, {}
+
+
+if "stillhouse-tests/Recall-v0" not in gymnasium.registry:
+    gymnasium.register("stillhouse-tests/Recall-v0", entry_point=Recall)
+
+
+@pytest.mark.learning
+@pytest.mark.parametrize("recurrent", ["gru", "lstm"])
+def test_a_memory_solves_what_no_memoryless_network_can(recurrent: str) -> None:
+    """Five seeds each: a permutation test on greedy returns."""
+    environment = EnvironmentConfig(id="stillhouse-tests/Recall-v0")
+    settings = {"algorithm": "impala", "env_steps": 14_000, "num_envs": 32, "rollout_length": 15}
+    settings |= {
+        "minibatches": 8,
+        "entropy_coefficient": 0.003,
+        "learning_rate": 5e-3,
+        "learning_rate_decay": False,
+    }
+    returns: dict[str, list[float]] = {recurrent: [], "none": []}
+    for kind, found in returns.items():
+        for seed in range(5):
+            size = {"features": 32, "recurrent": kind}
+            agent = make_learner({**settings, "network": size}, "recall", environment, seed)
+            list(agent.train())
+            policy = network_policy(agent.network, "recall")
+            found.append(float(evaluate(policy, environment, 100, seed).returns.mean()))
+    result = permutation_test(
+        tuple(returns.values()),
+        lambda a, b: np.mean(a) - np.mean(b),
+        alternative="greater",
+        n_resamples=np.inf,
+    )
+    assert result.pvalue < 0.05
+    assert np.mean(returns[recurrent]) > 0.95 and np.mean(returns["none"]) < 0.5

@@ -7,13 +7,17 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import pytest
+import torch
 from gymnasium import spaces
 
 from stillhouse.config import parse
 from stillhouse.datasets.collect import CollectConfig, Teacher, collect
 from stillhouse.datasets.reader import Dataset
 from stillhouse.envs.make import EnvironmentConfig
+from stillhouse.envs.vector import VectorEnvironment
 from stillhouse.errors import StillhouseError
+from stillhouse.evaluation.rollouts import network_policy
+from stillhouse.networks.multi_task import NetworkSize, NetworkSpec, build_network
 
 
 class Counter(gymnasium.Env[np.ndarray, np.int64]):
@@ -110,6 +114,24 @@ def test_observations_are_what_the_teacher_saw(tmp_path: Path, name: str) -> Non
     if name == "CartPole-v1":
         assert (rewards == 1).all()
         assert len(seen) * 7 > len(dataset)
+
+
+@pytest.mark.parametrize("name", ["CartPole-v1", "StillhouseTestCounter-v0"])
+def test_a_teacher_with_a_memory_remembers_each_episode_alone(tmp_path: Path, name: str) -> None:
+    environment = EnvironmentConfig(id=name)
+    spec = VectorEnvironment(environment, 1, 0, "train").spec
+    size = NetworkSize(features=4, recurrent="gru")
+    network = build_network(NetworkSpec(size=size, environments={"it": spec}, output="logits"), 0)
+    run(tmp_path / "data", network_policy(network, "it"), environment, epsilon=0.3)
+    dataset = Dataset.open(tmp_path / "data")
+    outputs = dataset.column("outputs")
+    for number in np.unique(dataset.episodes):
+        rows = dataset.episode_rows(number)
+        alone = torch.from_numpy(dataset.observations(rows)).unsqueeze(1)
+        nothing = torch.zeros(len(rows), 1, dtype=torch.bool)
+        with torch.no_grad():
+            features, _ = network.unroll(alone, "it", network.initial_state(1), nothing)
+            np.testing.assert_allclose(outputs[rows], network.head(features[:, 0], "it"), atol=1e-6)
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,8 @@ from stillhouse.envs.make import EnvironmentConfig
 from stillhouse.envs.vector import VectorEnvironment
 from stillhouse.errors import StillhouseError
 from stillhouse.evaluation import rollouts
-from stillhouse.evaluation.rollouts import EvaluationConfig, evaluate, network_policy
+from stillhouse.evaluation.rollouts import EvaluationConfig, MemoryPolicy, evaluate, network_policy
+from stillhouse.networks.multi_task import NetworkSize, NetworkSpec, build_network
 from stillhouse.seeding import generator
 
 CARTPOLE = EnvironmentConfig(id="CartPole-v1")
@@ -205,6 +207,44 @@ def test_network_policy_asks_the_environments_head_without_gradients() -> None:
     assert outputs.dtype == np.float32
     expected = network.heads["b"](torch.ones(5, 4)).detach().numpy()
     np.testing.assert_allclose(outputs, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("environment", ["CartPole-v1", "MinAtar/Breakout-v0", "tests/Lengths-v0"])
+def test_a_policy_with_a_memory_remembers_each_episode_alone(environment: str) -> None:
+    """CartPole's own vector environment spends rows on resets, MinAtar's does not, the last is reset by us."""
+    seen: list[tuple[np.ndarray, ...]] = []
+
+    class Spy(MemoryPolicy):
+        def step(self, observations: np.ndarray, starts: np.ndarray) -> np.ndarray:
+            outputs = super().step(observations, starts)
+            seen.append((observations.copy(), starts.copy(), outputs))
+            return outputs
+
+    config = EnvironmentConfig(id=environment)
+    spec = VectorEnvironment(config, 1, 0, "train").spec
+    size = NetworkSize(conv_channels=2, features=4, recurrent="lstm")
+    network = build_network(NetworkSpec(size=size, environments={"it": spec}, output="logits"), 0)
+    policy = Spy(network, "it")
+    episodes = evaluate(policy, config, 9, 0, num_envs=3, epsilon=0.1)
+    observations, starts, outputs = (np.stack(part) for part in zip(*seen, strict=True))
+    assert starts[0].all() and starts.sum() >= 9
+    for copy in range(3):
+        begins = [*np.flatnonzero(starts[:, copy]), len(starts)]
+        if environment != "CartPole-v1":
+            first = np.diff(begins[:-1])[: 9 // 3 - 1]
+            np.testing.assert_array_equal(first, episodes.lengths[3 * copy : 3 * copy + len(first)])
+        for begin, end in itertools.pairwise(begins):
+            alone = torch.from_numpy(observations[begin:end, copy : copy + 1])
+            nothing = torch.zeros(len(alone), 1, dtype=torch.bool)
+            with torch.no_grad():
+                features, _ = network.unroll(alone, "it", network.initial_state(1), nothing)
+                expected = network.head(features[:, 0], "it").numpy()
+            np.testing.assert_allclose(outputs[begin:end, copy], expected, atol=1e-6)
+    again = evaluate(policy, config, 9, 0, num_envs=3, epsilon=0.1)
+    np.testing.assert_array_equal(again.returns, episodes.returns)
+    assert evaluate(network_policy(network, "it"), config, 2, 0).returns.shape == (
+        2,
+    )  # another number of copies
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 from stillhouse.envs.make import EnvironmentConfig
 from stillhouse.errors import StillhouseError
 from stillhouse.evaluation import video
+from stillhouse.evaluation.rollouts import MemoryPolicy
 
 BREAKOUT = EnvironmentConfig(id="MinAtar/Breakout-v1")
 CARTPOLE = EnvironmentConfig(id="CartPole-v1")
@@ -47,6 +48,22 @@ def test_the_same_seed_shows_the_same_play(tmp_path: Path) -> None:
     for path in paths:
         video.record(first_action, BREAKOUT, path, seed=1, max_steps=5)
     assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_a_memory_begins_each_episode_anew(tmp_path: Path) -> None:
+    starts: list[bool] = []
+
+    class Spy(MemoryPolicy):
+        def __init__(self) -> None:
+            pass
+
+        def step(self, observations: np.ndarray, starting: np.ndarray) -> np.ndarray:
+            assert len(observations) == 1
+            starts.extend(starting.tolist())
+            return np.array([[1.0, 0.0, 0.0]])
+
+    video.record(Spy(), BREAKOUT, tmp_path / "play.gif", seed=0, episodes=3, max_steps=4)
+    assert starts == [True, False, False, False] * 3
 
 
 @pytest.mark.parametrize(
