@@ -6,7 +6,8 @@
 Five arms with the same settings: IMPALA alone, with each auxiliary task, and with all three. Every seed has a maze of its own. A run is
 kept as a JSON file in ``--work``, so that an interrupted study goes on where it was. The curve is what training sees anyway: the mean
 return of the episodes that ended in the last ``WINDOW`` env steps, actions sampled; there is nothing before the first window is
-full, because episodes that end early are those that found the goal.
+full, because episodes that end early are those that found the goal. A run ends when its curve has come to ``SOLVED``, and counts
+with its last value from there on.
 """
 
 from __future__ import annotations
@@ -30,16 +31,16 @@ from stillhouse.processor import use_one_core
 NAME = "multi_task/unreal_mazes"
 SEEDS = (100, 101, 102, 103, 104)
 THRESHOLD = 0.8  # of the episodes; always finding the goal is 1
+SOLVED = 0.95
 WINDOW = 40_000  # env steps: more than the first episode of every copy takes
 EVERY = 20_000  # env steps between the points of a curve
 
-MAZE: dict[str, Any] = {"size": 11}
+MAZE: dict[str, Any] = {"id": "stillhouse/Maze-v0", "options": {"size": 11}, "max_episode_steps": 100}
 SETTINGS: dict[str, Any] = {
     "algorithm": "unreal",
     "env_steps": 1_200_000,
     "learning_rate": 3e-3,
     "learning_rate_decay": False,
-    "cell_size": 1,
 }
 WEIGHTS = {"pixel_control": 0.05, "reward_prediction": 1.0, "value_replay": 1.0}
 ARMS: dict[str, tuple[str, ...]] = {"plain": (), **{task: (task,) for task in WEIGHTS}, "all": tuple(WEIGHTS)}
@@ -52,7 +53,7 @@ def settings(arm: str) -> dict[str, Any]:
 
 def run(arm: str, seed: int) -> dict[str, Any]:
     """One training."""
-    environment = EnvironmentConfig(id="stillhouse/Maze-v0", options=MAZE | {"layout_seed": seed})
+    environment = EnvironmentConfig(**MAZE | {"options": MAZE["options"] | {"layout_seed": seed}})
     learner: Any = make_learner(settings(arm), "maze", environment, seed)
     learner.recent_returns = deque()  # all of them, taken away as they come
     began = time.process_time()
@@ -68,15 +69,18 @@ def run(arm: str, seed: int) -> dict[str, Any]:
         if now >= WINDOW:
             times.append(now)
             curve.append(float(np.mean([value for _, returns in ended for value in returns] or [0.0])))
+            if curve[-1] >= SOLVED:
+                break
     reached = [now for now, value in zip(times, curve, strict=True) if value >= THRESHOLD]
-    points = np.arange(WINDOW, SETTINGS["env_steps"] + 1, EVERY)
+    points = np.interp(np.arange(WINDOW, SETTINGS["env_steps"] + 1, EVERY), times, curve)
     return {
         "arm": arm,
         "seed": seed,
         "steps_to_threshold": reached[0] if reached else None,
-        "area": float(np.mean(curve)),
+        "env_steps": times[-1],
+        "area": float(points.mean()),
         "processor_seconds": time.process_time() - began,
-        "curve": [round(float(value), 4) for value in np.interp(points, times, curve)],
+        "curve": [round(float(value), 4) for value in points],
     }
 
 
@@ -156,7 +160,13 @@ def main() -> None:
         arms = summary(runs)
         print(table(arms))
         if arguments.seeds == list(SEEDS):
-            about = {"maze": MAZE, "settings": SETTINGS, "weights": WEIGHTS, "threshold": THRESHOLD}
+            about = {
+                "maze": MAZE,
+                "settings": SETTINGS,
+                "weights": WEIGHTS,
+                "threshold": THRESHOLD,
+                "solved": SOLVED,
+            }
             curves = {"window": WINDOW, "every": EVERY}
             save(NAME, {**about, **curves, "arms": arms, "runs": runs, "provenance": provenance()})
 
