@@ -86,8 +86,6 @@ class UNREALConfig(IMPALAConfig):
     def _pieces_fit(self) -> UNREALConfig:
         if self.rollout_length < 2:  # where the last step of a rollout led to is not in the replay yet
             raise ValueError("rollout_length must be at least 2, but it is 1")
-        if self.rollout_length < 2:  # where the last step of a rollout led to is not in the replay yet
-            raise ValueError("rollout_length must be at least 2, but it is 1")
         if self.replay_length >= self.replay_steps:
             raise ValueError(
                 f"replay_length must be below replay_steps ({self.replay_steps}), but it is {self.replay_length}"
@@ -103,7 +101,7 @@ class PixelControlHead(nn.Module):
     def __init__(self, features: int, actions: int, cells: tuple[int, int]) -> None:
         super().__init__()
         self._cells = cells
-        # The deconvolution gives 2 n + 2 for n: 20 for the paper's 9. Of an odd grid the last row and column are left out.
+        # The deconvolution gives 2 n + 2 for n: 20 for the paper's 9. Of odd sides the last is left out.
         self._coarse = tuple(max(1, (side - 1) // 2) for side in cells)
         self.dense = nn.Linear(features, self._MAPS * self._coarse[0] * self._coarse[1])
         self.deconvolution = nn.ConvTranspose2d(self._MAPS, 1 + actions, 4, 2)
