@@ -63,7 +63,7 @@ class UNREALConfig(IMPALAConfig):
 
     algorithm: Literal["unreal"] = "unreal"  # type: ignore[assignment] # IMPALA's settings under another name
     pixel_control_weight: float = Field(
-        default=0.05, ge=0, le=1000, description="lambda_PC, of the sum over cells; 0: no pixel control"
+        default=0.01, ge=0, le=1000, description="lambda_PC, of the sum over cells; 0: no pixel control"
     )
     reward_prediction_weight: float = Field(
         default=1.0, ge=0, le=1000, description="lambda_RP; 0: no reward prediction"
@@ -80,7 +80,7 @@ class UNREALConfig(IMPALAConfig):
     )
     replay_length: int = Field(default=16, ge=1, le=4096, description="env steps of a piece of the replay")
     replay_batch: int = Field(default=16, ge=1, le=10_000, description="pieces in an update")
-    reward_batch: int = Field(default=32, ge=1, le=10_000, description="predicted rewards in an update")
+    reward_batch: int = Field(default=64, ge=1, le=10_000, description="predicted rewards in an update")
 
     @model_validator(mode="after")
     def _pieces_fit(self) -> UNREALConfig:
