@@ -24,7 +24,6 @@ from typing import Any, Literal
 import numpy as np
 
 from benchmarks.machine import RESULTS, provenance
-from stillhouse import seeding
 from stillhouse.agents import make_learner
 from stillhouse.checkpoint import load_checkpoint, save_checkpoint
 from stillhouse.datasets.collect import CollectConfig, Teacher, collect
@@ -33,12 +32,11 @@ from stillhouse.distillation.offline import Distillation, DistillationConfig
 from stillhouse.distillation.on_policy import OnPolicyConfig, OnPolicyDistillation
 from stillhouse.distillation.online import OnlineConfig, OnlineDistillation
 from stillhouse.envs.make import EnvironmentConfig
-from stillhouse.envs.vector import VectorEnvironment
 from stillhouse.evaluation.rollouts import evaluate, network_policy
 from stillhouse.evaluation.statistics import geometric_mean, normalised_score
 from stillhouse.files import write_json
-from stillhouse.multi_task.hard_sharing import HardSharing, HardSharingConfig
-from stillhouse.networks.multi_task import MultiTaskNetwork, NetworkSpec, build_network, parameter_count
+from stillhouse.multi_task.hard_sharing import HardSharingConfig, hard_sharing
+from stillhouse.networks.multi_task import MultiTaskNetwork, parameter_count
 from stillhouse.processor import use_one_core
 
 GAMES = {
@@ -197,18 +195,10 @@ def student(
 def joint(folder: Path, seed: int) -> dict[str, Any]:
     """The five-game student's network, trained jointly by multi-task PQN on the experience that distillation took."""
     distilled = json.loads((folder / "one_student" / f"on_policy-s{seed}.json").read_text())
-    size = OnPolicyConfig(**ONE_STUDENT["on-policy"]).size
     names = list(GAMES)
-    envs = {
-        game: VectorEnvironment(environment(game), HardSharingConfig().num_envs, seed, "train")
-        for game in names
-    }
-    spec = NetworkSpec(
-        size=size, environments={game: env.spec for game, env in envs.items()}, output="q_values"
-    )
-    network = build_network(spec, seeding.derive(seed, "network"))
-    config = HardSharingConfig(env_steps=TEACHER_STEPS + distilled["env_steps"] // len(names))
-    learner = HardSharing(config, network, envs, seed)
+    config = HardSharingConfig(network=OnPolicyConfig(**ONE_STUDENT["on-policy"]).size)
+    settings = {"algorithm": "pqn", "env_steps": TEACHER_STEPS + distilled["env_steps"] // len(names)}
+    learner = hard_sharing(config, settings, environments_of(names), seed)
     started = time.perf_counter()
     for _ in learner.train():
         pass

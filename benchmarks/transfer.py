@@ -9,19 +9,16 @@ date is not run again. Writes ``benchmarks/results/transfer/<suite>.json``, from
 
 from __future__ import annotations
 
-import argparse
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import gymnasium
 from ruamel.yaml import YAML
 
-from benchmarks.machine import RESULTS, provenance, save
-from benchmarks.quickstart import STILLHOUSE, clone
+from benchmarks.machine import RESULTS, save
+from benchmarks.suites import arguments, run_suite
 from stillhouse.envs import variants
-from tasks.report import BLOCKS, gather
-from tasks.results import Run
+from tasks.results import Results, Run
 from tasks.stage import stage_name, transfer_runs
 
 variants.register()
@@ -41,10 +38,9 @@ def run_of(found: Run) -> dict[str, Any]:
     return kept
 
 
-def collect(folder: Path, suite: str) -> dict[str, Any]:
-    """The suite's results in a workspace."""
+def collect(folder: Path, suite: str, results: Results) -> dict[str, Any]:
+    """What the page needs of a suite's results in a workspace."""
     parameters = YAML(typ="safe").load((folder / "params/pipeline.yaml").read_text())
-    results = gather({key: parameters[key] for key in BLOCKS}, folder)
     targets = {}
     for target, ways in results.transfer.items():
         block = parameters["fine_tune"][target]
@@ -79,24 +75,10 @@ def collect(folder: Path, suite: str) -> dict[str, Any]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("suite")
-    parser.add_argument("--work", type=Path, required=True)
-    arguments = parser.parse_args()
-    folder: Path = arguments.work / arguments.suite
-    if not folder.exists():
-        arguments.work.mkdir(parents=True, exist_ok=True)
-        clone(folder)
-    subprocess.run([*STILLHOUSE, "run", arguments.suite], cwd=folder, check=True)
-    result = collect(folder, arguments.suite)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short=12", "HEAD"], cwd=folder, capture_output=True, text=True, check=True
-    )
-    result["provenance"] = provenance() | {"commit": commit.stdout.strip()}
+    given = arguments(__doc__)
+    folder, results, about = run_suite(given.suite, given.work)
     (RESULTS / "transfer").mkdir(exist_ok=True)
-    save(f"transfer/{arguments.suite}", result)
+    save(f"transfer/{given.suite}", collect(folder, given.suite, results) | {"provenance": about})
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ EXAMPLES = """examples:
   stillhouse run classic --seeds 5          another suite, in a worktree of its own, saved as a DVC experiment
   stillhouse run quickstart --set distill_student.temperature=0.1 --set train_teacher.cartpole.gamma=0.98
   stillhouse run quickstart --only evaluate --force evaluate
+  stillhouse multi-task multi-task-classic --balancing pcgrad
   stillhouse plan quickstart                write params/pipeline.yaml and dvc.yaml
   stillhouse play data/students/small-s0 --environment cartpole --output cartpole.gif
   stillhouse evaluate data/teachers/cartpole-s0 --episodes 200
@@ -79,15 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     run = command("run", _run, "run a suite: teachers, datasets, students, transfer, evaluation, report")
-    run.add_argument(
-        "suite", nargs="?", default="quickstart", help="a file of params/suites/ (default: quickstart)"
-    )
-    run.add_argument(
-        "--seeds", type=int, default=0, metavar="N", help="number of seeds (default: the suite's own)"
-    )
-    run.add_argument(
-        "--budget", type=float, default=1.0, metavar="X", help="factor on every step and update budget"
-    )
+    _suite_arguments(run, "distillation", "quickstart")
     run.add_argument("--loss", default="suite", choices=["kl", "nll", "mse"], help="the students' loss")
     run.add_argument("--temperature", type=float, default=0.0, metavar="T", help="of the kl loss")
     run.add_argument(
@@ -99,46 +93,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="WAY",
         help="one way of transfer beside scratch: full, gradual, ...",
     )
-    run.add_argument("--device", default="suite", choices=["auto", "cpu", "cuda"], help="what computes")
-    run.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="any parameter; may be repeated"
+    joint = command(
+        "multi-task", _run, "run a suite of networks that learn many environments at once, beside experts"
     )
-    for name, text in (
-        ("only", "run these alone"),
-        ("from", "run these, and all that depends on them"),
-        ("downstream", "run what depends on these, without them"),
-        ("force", "run these even where they are up to date"),
-    ):
-        text += ": a stage (* allowed), a family (train_teacher) or an environment; may be repeated"
-        run.add_argument(
-            f"--{name}", action="append", default=[], metavar="STAGE", help=text, dest=f"{name}_"
-        )
-    run.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="stages at a time (default: as many as cores)"
+    _suite_arguments(joint, "multi_task", "multi-task-classic")
+    joint.add_argument(
+        "--method", default="suite", metavar="M", help="hard_sharing, soft_sharing or distral, in all of them"
     )
-    run.add_argument(
-        "--runner",
-        default="threads",
-        choices=["threads", "dask", "ray"],
-        help="what runs the stages (default: threads)",
-    )
-    run.add_argument(
-        "--address",
-        default="",
-        metavar="ADDRESS",
-        help="Dask scheduler or Ray cluster (default: one on this machine)",
-    )
-    run.add_argument(
-        "--exchange",
-        default="shared",
-        choices=["shared", "remote"],
-        help="workers share this host's folders, or only a git remote and a DVC remote (default: shared)",
-    )
-    run.add_argument(
-        "--in-place", action="store_true", help="run in the checkout itself, not in a worktree of its own"
-    )
-    run.add_argument(
-        "--revision", default="", metavar="REV", help="git revision to run (default: the checkout as it is)"
+    joint.add_argument(
+        "--balancing", default="suite", metavar="B", help="uniform, pcgrad, ..., in all of them"
     )
 
     plan = command("plan", _plan, "check the parameters; write params/pipeline.yaml and dvc.yaml")
@@ -285,6 +248,65 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+# Fields of a form that not every flow that runs a suite has.
+_FORMS = ("loss", "temperature", "student_share", "transfer", "method", "balancing")
+
+
+def _suite_arguments(command: argparse.ArgumentParser, flow: str, suite: str) -> None:
+    """What every flow that runs a suite is told."""
+    command.set_defaults(flow=flow)
+    command.add_argument(
+        "suite", nargs="?", default=suite, help=f"a file of params/suites/ (default: {suite})"
+    )
+    command.add_argument(
+        "--seeds", type=int, default=0, metavar="N", help="number of seeds (default: the suite's own)"
+    )
+    command.add_argument(
+        "--budget", type=float, default=1.0, metavar="X", help="factor on every step and update budget"
+    )
+    command.add_argument("--device", default="suite", choices=["auto", "cpu", "cuda"], help="what computes")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any parameter; may be repeated"
+    )
+    for name, text in (
+        ("only", "run these alone"),
+        ("from", "run these, and all that depends on them"),
+        ("downstream", "run what depends on these, without them"),
+        ("force", "run these even where they are up to date"),
+    ):
+        text += ": a stage (* allowed), a family (train_teacher) or an environment; may be repeated"
+        command.add_argument(
+            f"--{name}", action="append", default=[], metavar="STAGE", help=text, dest=f"{name}_"
+        )
+    command.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="stages at a time (default: as many as cores)"
+    )
+    command.add_argument(
+        "--runner",
+        default="threads",
+        choices=["threads", "dask", "ray"],
+        help="what runs the stages (default: threads)",
+    )
+    command.add_argument(
+        "--address",
+        default="",
+        metavar="ADDRESS",
+        help="Dask scheduler or Ray cluster (default: one on this machine)",
+    )
+    command.add_argument(
+        "--exchange",
+        default="shared",
+        choices=["shared", "remote"],
+        help="workers share this host's folders, or only a git remote and a DVC remote (default: shared)",
+    )
+    command.add_argument(
+        "--in-place", action="store_true", help="run in the checkout itself, not in a worktree of its own"
+    )
+    command.add_argument(
+        "--revision", default="", metavar="REV", help="git revision to run (default: the checkout as it is)"
+    )
+
+
 def _run(arguments: argparse.Namespace) -> int:
     from flows.workspace import find_checkout, hold, plan, plan_ahead
 
@@ -339,8 +361,15 @@ def _with_prefect(checkout: Path, start: Callable[[], int], check: Callable[[], 
 def _overrides(arguments: argparse.Namespace) -> list[str]:
     from flows.form import flat_overrides
 
-    form = ("seeds", "budget", "loss", "temperature", "student_share", "transfer", "device")
-    return [*flat_overrides(*(getattr(arguments, name) for name in form)), *arguments.set]
+    return [
+        *flat_overrides(arguments.seeds, arguments.budget, **_form(arguments), device=arguments.device),
+        *arguments.set,
+    ]
+
+
+def _form(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of the flow's own form."""
+    return {name: getattr(arguments, name) for name in _FORMS if hasattr(arguments, name)}
 
 
 def _in_place(arguments: argparse.Namespace) -> bool:
@@ -368,34 +397,23 @@ def _check_server(url: str) -> None:
 
 
 def _run_flow(arguments: argparse.Namespace) -> int:
-    from flows.distillation import distillation
     from flows.runners import ALLOWED
     from flows.workspace import in_place
 
+    flow = getattr(importlib.import_module(f"flows.{arguments.flow}"), arguments.flow)
     in_place.set(_in_place(arguments))
     if arguments.address:
         os.environ[ALLOWED] = arguments.address  # whoever sits at this terminal decides what it trusts
-    parameters: dict[str, Any] = {
-        "suite": arguments.suite,
-        "seeds": arguments.seeds,
-        "budget": arguments.budget,
-        "loss": arguments.loss,
-        "temperature": arguments.temperature,
-        "student_share": arguments.student_share,
-        "transfer": arguments.transfer,
-        "device": arguments.device,
-        "set": arguments.set,
+    common = ["suite", "seeds", "budget", "device", "set"]
+    common += ["workers", "runner", "address", "exchange", "revision"]
+    parameters = {name: getattr(arguments, name) for name in common} | _form(arguments)
+    parameters |= {
         "only": arguments.only_,
         "from_": arguments.from_,
         "downstream": arguments.downstream_,
         "force": arguments.force_,
-        "workers": arguments.workers,
-        "runner": arguments.runner,
-        "address": arguments.address,
-        "exchange": arguments.exchange,
-        "revision": arguments.revision,
     }
-    return _finish(distillation, parameters)
+    return _finish(flow, parameters)
 
 
 def _finish(flow: Any, parameters: dict[str, Any]) -> int:

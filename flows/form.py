@@ -1,24 +1,32 @@
-"""The form of the flow ``distillation``: what its fields mean. Without Prefect, so that planning need not wait for it."""
+"""The forms of the flows: what their fields mean. Without Prefect, so that planning need not wait for it."""
 
 from __future__ import annotations
 
+from typing import Any
 
-def flat_overrides(
-    seeds: int,
-    budget: float,
-    loss: str,
-    temperature: float,
-    student_share: float,
-    transfer: str,
-    device: str,
-) -> list[str]:
-    """The form's fields as ``key=value``, where they differ from "the suite's own"."""
-    return (
-        ([f"seeds={list(range(seeds))}"] if seeds else [])
-        + ([f"budget={budget}"] if budget != 1.0 else [])
-        + ([f"distill_student.loss={loss}"] if loss != "suite" else [])
-        + ([f"distill_student.temperature={temperature}"] if temperature else [])
-        + ([f"distill_student.parameter_fraction={student_share}"] if student_share else [])
-        + ([f"fine_tune.modes=[{transfer}, scratch]"] if transfer != "suite" else [])
-        + ([f"device={device}"] if device != "suite" else [])
-    )
+_SUITES_OWN = (0, 0.0, "", "suite")  # the value of a field that leaves the suite as it is
+_KEYS = {
+    "loss": "distill_student.loss",
+    "temperature": "distill_student.temperature",
+    "student_share": "distill_student.parameter_fraction",
+    "transfer": "fine_tune.modes",
+    "method": "train_multi_task.method",
+    "balancing": "train_multi_task.balancing",
+    "device": "device",
+}
+
+
+def flat_overrides(seeds: int = 0, budget: float = 1.0, **fields: Any) -> list[str]:
+    """A form's fields as ``key=value``, where they differ from "the suite's own".
+
+    Args:
+        seeds: number of seeds, counted from 0; 0: the suite's own.
+        budget: factor on every budget.
+        fields: the others, by their names.
+    """
+    found = [f"seeds={list(range(seeds))}"] if seeds else []
+    found += [f"budget={budget}"] if budget != 1.0 else []
+    for name, value in fields.items():
+        if value not in _SUITES_OWN:
+            found.append(f"{_KEYS[name]}={f'[{value}, scratch]' if name == 'transfer' else value}")
+    return found

@@ -20,8 +20,8 @@ from pydantic import Field
 from rich.markup import escape
 
 from flows.display import Display, console
-from flows.distillation import run_id
 from flows.graph import POLL_SECONDS, descendants, edges, ended_in_order, matching
+from flows.run import run_id
 from flows.workspace import PRIVATE, find_checkout, own_worktree, remove_worktree
 from stillhouse.errors import StillhouseError
 from tasks.git import REVISION, resolve

@@ -15,10 +15,10 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
 from flows.display import console
-from flows.distillation import run_id, save_experiment
 from flows.graph import run_graph
 from flows.production import Standing, bring, next_generation, one_at_a_time, promote, standing
 from flows.results import run_facts
+from flows.run import run_id, save_experiment
 from flows.workspace import PROMOTED, RunError, find_checkout, git, own_worktree, plan
 from stillhouse.errors import StillhouseError
 from stillhouse.evaluation.rollouts import STEP_CAP

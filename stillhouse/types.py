@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -14,6 +15,8 @@ from stillhouse.config import Config
 from stillhouse.errors import StillhouseError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from stillhouse.envs.vector import VectorEnvironment
     from stillhouse.networks.multi_task import MultiTaskNetwork
     from stillhouse.networks.parameters import FlatParameters
@@ -72,7 +75,7 @@ def environment_spec(
     """
     if not isinstance(action_space, spaces.Discrete):
         raise StillhouseError(
-            f"{where}: action space {action_space} is not supported: DQN, PQN and PPO choose among a finite set of actions, "
+            f"{where}: action space {action_space} is not supported: the algorithms choose among a finite set of actions, "
             "so the action space must be Discrete; discretise the actions in a wrapper of your own"
         )
     if action_space.start != 0:
@@ -98,10 +101,26 @@ def _observation_spec(space: gymnasium.Space[Any], where: str) -> ObservationSpe
             if min((second, third) if channels_first else (first, second)) >= 3:
                 return ObservationSpec(kind=kind, shape=space.shape, channels_first=channels_first)
     raise StillhouseError(
-        f"{where}: observation space {space} is not supported; supported are Box with one axis (vectors), Box with "
-        "three axes of bool or uint8 and sides of at least 3 (planes, images) and Discrete starting at 0; Dict and Tuple observations can be "
-        "flattened with gymnasium.wrappers.FlattenObservation"
+        f"{where}: observation space {space} is not supported: no adapter brings it to the features that a torso takes; there are adapters "
+        "for Box with one axis (vectors), Box with three axes of bool or uint8 and sides of at least 3 (planes, images) and Discrete starting "
+        f"at 0, so {_advice(space)}"
     )
+
+
+def _advice(space: gymnasium.Space[Any]) -> str:
+    """What to put between an environment and the network."""
+    if isinstance(space, spaces.Discrete):
+        return "subtract its start in a wrapper of your own"
+    if isinstance(space, spaces.Box) and space.dtype in (np.bool_, np.uint8) and len(space.shape) == 2:
+        height, width = space.shape
+        return (
+            f"give it an axis of channels: gymnasium.wrappers.ReshapeObservation(env, ({height}, {width}, 1))"
+        )
+    if isinstance(space, spaces.Box) and len(space.shape) == 3 and space.dtype not in (np.bool_, np.uint8):
+        return "where its numbers are 0 to 255, make it uint8 with gymnasium.wrappers.DtypeObservation, else a vector with FlattenObservation"
+    if space.is_np_flattenable:
+        return "make it a vector with gymnasium.wrappers.FlattenObservation"
+    return "give it observations of one fixed size in a wrapper of your own"
 
 
 @dataclass(frozen=True)
@@ -120,18 +139,41 @@ class Report:
 
 
 class Learner(Protocol):
-    """An agent that learns by acting: what training, transfer and the pipeline need of it."""
+    """An agent that learns by acting: what training, transfer and the pipeline need of it.
+
+    Alone it runs by :meth:`train`. From outside, several at a time on parameters that they share, it is driven in
+    rounds: ``act()``, then for each of ``batches()`` a ``backward(batch)`` between ``parameters.zero_gradient()`` and
+    ``parameters.step(learning_rate)``. That is all that ``train`` does.
+    """
 
     network: MultiTaskNetwork
     environment: str
     reward_scale: float  # its outputs are of rewards times this; 1 for logits
     envs: VectorEnvironment
-    parameters: FlatParameters
+    parameters: FlatParameters  # its own, or shared with other learners
+    learning_rate: float  # of the present round's updates
     env_steps: int
     episodes: int
+    recent_returns: deque[float]  # of the last episodes
 
     def train(self) -> Iterator[Report]:
         """Act and learn until the budget is spent."""
+        ...
+
+    def act(self) -> None:
+        """Begin a round: play with the present policy, and compute what to learn from it."""
+        ...
+
+    def batches(self) -> Iterator[Any]:
+        """The round's minibatches, in their order; of a type of the learner's own."""
+        ...
+
+    def backward(self, batch: Any) -> Tensor:
+        """Add the gradient of the minibatch's loss to ``parameters.gradient``; the loss, a scalar without a gradient."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Of the present round, by the glossary's names."""
         ...
 
     def outputs(self, observations: np.ndarray) -> np.ndarray:

@@ -9,8 +9,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from stillhouse.files import write_atomic
-from stillhouse.types import Report
+from stillhouse.types import OutputKind, Report
 from tasks.stage import StageContext
+
+# Metrics of a learner in its curve, and their columns.
+LEARNER_COLUMNS: dict[OutputKind, dict[str, str]] = {
+    "q_values": {"loss/td": "loss", "rollout/epsilon": "epsilon"},
+    "logits": {
+        "loss/policy": "policy_loss",
+        "loss/value": "value_loss",
+        "policy/entropy": "entropy",
+        "policy/kl": "kl",
+    },
+}
 
 
 class Trainable(Protocol):

@@ -31,7 +31,7 @@ SIMULATORS = ("ale-py", "box2d", "mujoco", "envpool")  # only where they are ins
 
 
 # The package of what a stage imports by name first; everything after that, and everywhere else, is an algorithm.
-_PACKAGES = {"distill_student": "stillhouse.distillation"}
+_PACKAGES = {"distill_student": "stillhouse.distillation", "train_multi_task": "stillhouse.multi_task"}
 _ALGORITHMS = "stillhouse.agents"
 
 

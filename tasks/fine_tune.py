@@ -175,7 +175,7 @@ class Transfer:
             below = [key for key in tensors.taken if not key.startswith("heads.")]
             parameters.penalties.append(StartingPoint(parameters, below, config.l2_sp))
         elif mode == "rehearsal":
-            rehearsal = self._rehearsal(network, source, correspondence, learner)
+            rehearsal = self._rehearsal(network, origin, learner)
             parameters.penalties.append(rehearsal)
         return FineTuning(
             config, learner, self.environment, settings["env_steps"], schedule, self.seed, origin, rehearsal
@@ -239,14 +239,18 @@ class Transfer:
             self.config.guide_fraction * budget,
         )
 
-    def _rehearsal(
-        self, network: MultiTaskNetwork, source: Source, correspondence: Correspondence | None, learner: Any
-    ) -> Rehearsal:
+    def _rehearsal(self, network: MultiTaskNetwork, origin: Origin, learner: Any) -> Rehearsal:
         kept = [each for each in network.spec.environments if each != self.name]
         if not kept:
             raise StillhouseError(
                 f"fine_tune.{self.name}.components: the source's adapter is taken in part, so there is no way left on which its policy "
                 "could be rehearsed; map every component, or leave rehearsal out"
+            )
+        needed = {key for each in kept for layer in network.layer_names(each) for key in layer}
+        if fresh := sorted(needed.intersection(origin.tensors.new)):
+            raise StillhouseError(
+                f"fine_tune.{self.name}.take: leaves out {fresh[0]}, without which the source's policy is not there to be rehearsed; take "
+                f"{', '.join(fresh)} too, or leave rehearsal out"
             )
         config, share = learner.config, self.config.rehearsal_share
         # The learner's own minibatch: DQN names it, the others cut a rollout up.
@@ -257,8 +261,8 @@ class Transfer:
             network,
             self.name,
             {each: self.dataset(each.removeprefix(kept_name(""))) for each in kept},
-            source.network.spec.output,
-            correspondence,
+            origin.source.network.spec.output,
+            origin.correspondence,
             round(rows * share / (1 - share)),
             self.config.rehearsal_weight,
             self.seed,

@@ -9,11 +9,13 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_serializer, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from stillhouse.agents import OUTPUTS
 from stillhouse.agents.dqn import DQNConfig
+from stillhouse.agents.impala import IMPALAConfig
 from stillhouse.agents.ppo import PPOConfig
 from stillhouse.agents.pqn import PQNConfig
 from stillhouse.config import Config, near, parse
@@ -25,7 +27,10 @@ from stillhouse.envs.make import EnvironmentConfig, describe
 from stillhouse.envs.names import action_names, component_names
 from stillhouse.errors import StillhouseError
 from stillhouse.evaluation.rollouts import EvaluationConfig
+from stillhouse.multi_task.balancing import check_balancing
 from stillhouse.multi_task.hard_sharing import HardSharingConfig
+from stillhouse.multi_task.soft_sharing import SoftSharingConfig
+from stillhouse.networks.multi_task import NetworkSize
 from stillhouse.transfer.fine_tuning import FineTuneConfig, Mode
 from stillhouse.transfer.initialisation import Labels, correspond
 from stillhouse.types import EnvironmentSpec, environment_spec
@@ -54,9 +59,22 @@ def _source(entry: str) -> str:
     return entry
 
 
+def _without_network(learner: Any) -> Any:
+    if isinstance(learner, dict) and "network" in learner:
+        raise ValueError("a learner without 'network' is allowed: the network is not its own")
+    return learner
+
+
 Name = Annotated[str, AfterValidator(_slug)]
 Names = Annotated[list[Name], Field(min_length=1, max_length=1000)]
-TeacherConfig = Annotated[DQNConfig | PQNConfig | PPOConfig, Field(discriminator="algorithm")]
+TeacherConfig = Annotated[DQNConfig | PQNConfig | PPOConfig | IMPALAConfig, Field(discriminator="algorithm")]
+# An algorithm for a network that is given.
+_NOT_ITS_OWN = BeforeValidator(_without_network)
+_NOT_SHOWN = PlainSerializer(lambda learner: learner.model_dump(mode="json", exclude={"network"}))
+LearnerConfig = Annotated[TeacherConfig, _NOT_ITS_OWN, _NOT_SHOWN]
+TransferLearnerConfig = Annotated[
+    Annotated[DQNConfig | PQNConfig | PPOConfig, Field(discriminator="algorithm")], _NOT_ITS_OWN, _NOT_SHOWN
+]
 
 
 class CollectParams(CollectConfig):
@@ -98,10 +116,22 @@ STUDENTS: dict[str, type[Config]] = {
 StudentParams = Annotated[OfflineParams | OnPolicyParams | OnlineParams, Field(discriminator="method")]
 
 
-class MultiTaskParams(HardSharingConfig):
+class HardSharingParams(HardSharingConfig):
     """A network that learns several environments at once, without teachers."""
 
     environments: Names
+    learner: LearnerConfig
+
+
+class SoftSharingParams(SoftSharingConfig):
+    """Networks that learn an environment each, tied to each other."""
+
+    environments: Names
+    learner: LearnerConfig
+
+
+MULTI_TASK: dict[str, type[Config]] = {"hard_sharing": HardSharingParams, "soft_sharing": SoftSharingParams}
+MultiTaskParams = Annotated[HardSharingParams | SoftSharingParams, Field(discriminator="method")]
 
 
 SourceName = Annotated[str, AfterValidator(_source)]
@@ -124,18 +154,7 @@ class TransferParams(FineTuneConfig):
         min_length=1,
         description="ways of transfer; scratch is what they are judged against",
     )
-    learner: TeacherConfig
-
-    @field_validator("learner", mode="before")
-    @classmethod
-    def _network_is_the_students(cls, learner: Any) -> Any:
-        if isinstance(learner, dict) and "network" in learner:
-            raise ValueError("a learner without 'network' is allowed: the network is the student's")
-        return learner
-
-    @field_serializer("learner")
-    def _without_network(self, learner: Any) -> dict[str, Any]:
-        return learner.model_dump(mode="json", exclude={"network"})
+    learner: TransferLearnerConfig
 
 
 class RetrainingParams(Config):
@@ -210,9 +229,9 @@ class Params(Config):
         for name, joint in self.train_multi_task.items():
             for source in joint.environments:
                 check(source, teachers, f"train_multi_task.{name}.environments", "environment with a teacher")
-            for field in ("weights", "reward_scales"):
+            for field in ("weights", "reward_scales", "reference_returns"):
                 where = f"train_multi_task.{name}.{field}"
-                for source in getattr(joint, field):
+                for source in getattr(joint, field, {}):  # soft sharing balances nothing
                     check(source, joint.environments, where, "environment of this network")
         for name, transfer in self.fine_tune.items():
             check(name, environments, "fine_tune", "environment")
@@ -259,6 +278,33 @@ class Params(Config):
                 raise ValueError(f"{where}: each may stand once only")
         return self
 
+    @model_validator(mode="after")
+    def _memories_are_learnt_and_played_only(self) -> Params:
+        memories: dict[str, str] = {}  # of teachers with one
+        for name, teacher in self.train_teacher.items():
+            where = f"train_teacher.{name}.network.recurrent"
+            if _check_memory(where, teacher.network, teacher.algorithm):
+                memories[name] = f"the teacher of {name} has a memory ({where}: {teacher.network.recurrent})"
+        for name, joint in self.train_multi_task.items():
+            _check_memory(
+                f"train_multi_task.{name}.network.recurrent", joint.network, joint.learner.algorithm
+            )
+        for name, student in self.distill_student.items():
+            _check_memory(f"distill_student.{name}.size.recurrent", student.size, "distillation")
+            for source in student.environments:
+                if source in memories and student.method != "offline":
+                    raise ValueError(
+                        f"distill_student.{name}.method: {memories[source]}, which {student.method} cannot ask for single "
+                        "observations; offline is allowed"
+                    )
+        for name, transfer in self.fine_tune.items():
+            for entry in transfer.sources:
+                if entry in memories:
+                    raise ValueError(
+                        f"fine_tune.{name}.sources: {memories[entry]}; sources without one are allowed"
+                    )
+        return self
+
     def _check_modes(self, where: str, transfer: TransferParams) -> None:
         algorithm = transfer.learner.algorithm
         if "kickstart" in transfer.modes and algorithm != "ppo":
@@ -282,6 +328,13 @@ class Params(Config):
                 f"{where}.probe_fraction: {transfer.probe_fraction} of the budget for each of {len(transfer.sources)} sources and scratch "
                 "leaves nothing to train with; lower it, or name fewer sources"
             )
+
+
+def _check_memory(where: str, size: NetworkSize, algorithm: str) -> bool:
+    """Whether the network has a memory; raises ValueError where the algorithm learns none."""
+    if size.recurrent != "none" and algorithm != "impala":
+        raise ValueError(f"{where}: {algorithm} takes none; {size.recurrent} is learnt by impala")
+    return size.recurrent != "none"
 
 
 def _shown_in(transfer: TransferParams, entry: str) -> list[str]:
@@ -354,14 +407,16 @@ def load_pipeline() -> Params:
 
 
 def _completed(data: dict[str, Any]) -> dict[str, Any]:
-    """Every teacher has a dataset block: an absent one is one of defaults. Students are distilled offline by default."""
+    """Every teacher has a dataset block: an absent one is one of defaults. Students are distilled offline, and joint networks share
+    hard, by default.
+    """
     teachers, collect = data.get("train_teacher"), data.get("collect_dataset") or {}
     if isinstance(teachers, dict) and isinstance(collect, dict):
         data = {**data, "collect_dataset": {**{name: {} for name in teachers}, **collect}}
-    students = data.get("distill_student")
-    if isinstance(students, dict) and all(isinstance(block, dict) for block in students.values()):
-        blocks = {name: {"method": "offline", **block} for name, block in students.items()}
-        data = {**data, "distill_student": blocks}
+    for verb, method in (("distill_student", "offline"), ("train_multi_task", "hard_sharing")):
+        found = data.get(verb)
+        if isinstance(found, dict) and all(isinstance(block, dict) for block in found.values()):
+            data = {**data, verb: {name: {"method": method, **block} for name, block in found.items()}}
     return data
 
 
@@ -430,6 +485,8 @@ def apply_override(data: dict[str, Any], key: str, value: Any) -> None:
             if path[-1] == "method" and value in STUDENTS:
                 kept = {"environments", "loss", "temperature", "updates", "size", "parameter_fraction"}
                 kept &= set(STUDENTS[value].model_fields)
+            elif path[-1] == "method" and value in MULTI_TASK:
+                kept = {"environments", "learner", "reward_scales", "when_diverging"}
             for field in set(block) - kept:
                 del block[field]
         block[path[-1]] = value
@@ -448,8 +505,11 @@ def _scaled(data: dict[str, Any], budget: float) -> dict[str, Any]:
     if budget != 1.0:
         learners = [
             *data["train_teacher"].values(),
-            *data["train_multi_task"].values(),
-            *(block["learner"] for block in data["fine_tune"].values()),
+            *(
+                block["learner"]
+                for verb in ("train_multi_task", "fine_tune")
+                for block in data[verb].values()
+            ),
         ]
         for block, field in [(x, "env_steps") for x in learners] + [
             (x, "updates") for x in data["distill_student"].values()
@@ -485,6 +545,10 @@ def check_environments(params: Params) -> None:
         name: environment_spec(*describe(params.environments[name]), name)
         for name in sorted({*params.train_teacher, *params.fine_tune})
     }
+    for name, joint in params.train_multi_task.items():
+        if joint.method == "hard_sharing":
+            output = OUTPUTS[joint.learner.algorithm]
+            check_balancing(joint, joint.environments, output, f"train_multi_task.{name}.")
     for name, transfer in params.fine_tune.items():
         target = params.environments[name]
         for entry in transfer.sources:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 DVC_LOCK = Path("dvc.lock")
 STUDIES = Path("benchmarks/results/policy_distillation")  # of the committed results, one file each
 TRANSFER = Path("benchmarks/results/transfer")  # the same of transfer, by suite
+MULTI_TASK = Path("benchmarks/results/multi_task")  # the same of multi-task learning
 # Other benchmarks whose tables stand on the page of published results.
 MEASURED = ("distillation", "on_policy", "peers", "ppo", "pqn", "simulators")
 DVC_HEADER = "# generated: edit params/ and run `stillhouse plan`\n"
@@ -48,7 +49,7 @@ _STUDENT = ("environments", "method", "size", "parameter_fraction", "loss")
 _TEACHER = ("algorithm", "network", "critic", "gamma", "n_step", "reward_scale")
 
 # Env steps (or updates) per second on one core, only to start what takes longest first.
-SPEEDS = {"dqn": 2_500.0, "pqn": 20_000.0, "ppo": 15_000.0}
+SPEEDS = {"dqn": 2_500.0, "pqn": 20_000.0, "ppo": 15_000.0, "impala": 25_000.0}
 COSTS = {"progressive_2": 2.0, "progressive_random": 2.0, "progressive_3": 3.0, "rehearsal": 1.5}
 
 # Ways of transfer that train what they take, head and all, and fit a head where the source's gives no Q-values.
@@ -254,7 +255,7 @@ def stages_of(params: Params) -> list[Stage]:
                     name=stage_name("train_multi_task", name, seed=seed),
                     argv=python("train_multi_task", name, "--seed", str(seed)),
                     deps=[
-                        code("train_multi_task"),
+                        code("train_multi_task", joint.method, joint.learner.algorithm),
                         *(path for source in sources for path in module_files(source)),
                     ],
                     params=[f"train_multi_task.{name}", *(f"environments.{source}" for source in sources)],
@@ -262,7 +263,7 @@ def stages_of(params: Params) -> list[Stage]:
                     metrics=[f"{base}.json"],
                     plots={f"{base}.csv": {"x": "env_steps", "y": f"return_{sources[0]}"}},
                     environments=sources,
-                    cost=len(sources) * training_seconds(joint),
+                    cost=len(sources) * training_seconds(joint.learner),
                 )
             )
     for name in sorted(params.train_teacher):
@@ -321,12 +322,14 @@ def stages_of(params: Params) -> list[Stage]:
         measured = [str(path) for name in MEASURED if (path := STUDIES.parent / f"{name}.md").is_file()]
         curves = ["docs/results/online-distillation.svg"] if str(STUDIES / "online.json") in studies else []
         moved = sorted(map(str, TRANSFER.glob("*.json")))
+        shared = sorted(map(str, MULTI_TASK.glob("*.json")))
         pages = ["docs/results/transfer.md"] if moved else []
+        pages += ["docs/results/multi-task.md"] if shared else []
         stages.append(
             Stage(
                 name="publish_results",
                 argv=python("publish_results"),
-                deps=[code("publish_results"), *studies, *moved, *measured],
+                deps=[code("publish_results"), *studies, *moved, *shared, *measured],
                 in_git=["docs/results/policy-distillation.md", *curves, *pages],
                 cost=3.0,
             )
@@ -394,7 +397,9 @@ def _datasets(params: Params, transfer: TransferParams, mode: str, read: list[st
     for entry in read:
         student = params.distill_student.get(entry.partition(".")[0])
         head = _of_head(params, entry)
-        logits = student.loss != "mse" if student else params.train_teacher[head].algorithm == "ppo"
+        logits = (
+            student.loss != "mse" if student else params.train_teacher[head].algorithm in ("impala", "ppo")
+        )
         if mode == "rehearsal":
             wanted |= set(_environments(params, entry))
         if head and mode in FITTED and value_based and logits:

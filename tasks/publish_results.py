@@ -1,4 +1,4 @@
-"""Stage: the pages ``docs/results/policy-distillation.md`` and ``transfer.md``, from the results that are committed as JSON.
+"""Stage: the pages of ``docs/results/``, from the results that are committed as JSON.
 
 Trains nothing. A study that was not run leaves one line.
 """
@@ -10,22 +10,24 @@ from pathlib import Path
 
 from stillhouse.files import write_atomic
 from tasks import transfer_page
-from tasks.results_page import ONLINE_CURVE, online_curve, render
+from tasks.multi_task_page import MULTI_TASK
+from tasks.results_page import ONLINE_CURVE, POLICY_DISTILLATION, online_curve, render
 from tasks.stage import StageContext, main
 from tasks.studies import FOLDER, read_study
 
-PAGE = Path("docs/results/policy-distillation.md")
-
 
 def publish_results(context: StageContext) -> None:
-    """Score matrices, and what other benchmarks have measured, to their page; the online study to its curve; transfer to its page."""
+    """Score matrices, and what other benchmarks have measured, to their pages; the online study to its curve."""
     paths = [Path(dep) for dep in sorted(context.deps)]
     studies = {path.stem: read_study(path) for path in paths if path.parent == FOLDER}
     measured = {path.stem: path.read_text() for path in paths if path.parent == FOLDER.parent}
-    write_atomic(PAGE, render(studies, measured))
+    write_atomic(POLICY_DISTILLATION.path, render(POLICY_DISTILLATION, studies, measured))
     if "online" in studies:
         write_atomic(ONLINE_CURVE, online_curve(studies["online"]))
     moved = {path.stem: json.loads(path.read_text()) for path in paths if path.parent == transfer_page.FOLDER}
+    shared = {path.stem: read_study(path) for path in paths if path.parent == MULTI_TASK.folder}
+    if shared:
+        write_atomic(MULTI_TASK.path, render(MULTI_TASK, shared))
     if moved:
         write_atomic(transfer_page.PAGE, transfer_page.render(moved))
 

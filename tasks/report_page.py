@@ -14,7 +14,16 @@ import numpy as np
 
 from stillhouse.evaluation.statistics import SEEDS_FOR_INTERVALS, Estimate
 from tasks import charts
-from tasks.results import Results, Run, StudentSummary, Summary, TransferRow, experience
+from tasks.results import (
+    Interference,
+    Results,
+    Run,
+    StudentSummary,
+    Summary,
+    TransferRow,
+    experience,
+    interference,
+)
 
 METHODS = {"offline": "offline", "on_policy": "on-policy", "online": "online"}
 WAY_COLOURS = ("student", "teacher", "green", "violet", "gold", "rose", "sky")
@@ -298,10 +307,43 @@ def _joint_section(results: Results, summary: Summary) -> str:
         lead = f"<code>{escape(name)}</code>, one network of {network.parameters:,} parameters for {names}. "
         parts.append(
             f'<h3>{escape(name)}</h3><p class="lead small">{lead}{_experience(results, name, joint=True)}</p>'
+            + _diverged(results, name)
             + _scores(results, network, "Joint", {})
         )
-    lead = "The baseline of distillation: one network that learns all environments at once by itself, without teachers."
+    parts += [_interference(found) for found in interference(results, summary) if len(found.networks) > 1]
+    lead = "One network that learns all its environments at once by itself, without teachers."
     return _section("Trained jointly", lead, "".join(parts), "joint")
+
+
+def _diverged(results: Results, name: str) -> str:
+    """Environments that the training of a joint network went on without."""
+    found = [
+        f"{environment} after {env_steps:,} env steps of its own (seed {seed})"
+        for seed, run in results.joint[name].items()
+        for environment, env_steps in run.get("diverged", {}).items()
+    ]
+    if not found:
+        return ""
+    said = "; ".join(map(escape, found))
+    return f'<p class="note warn">Left out, for its loss was not finite: {said}.</p>'
+
+
+def _interference(found: Interference) -> str:
+    """Environments by environments: what each scores where it was learnt together with the other."""
+    body = []
+    for row in found.environments:
+        cells = []
+        for column in found.environments:
+            score = found.scores.get((row, column))
+            cells.append('<td class="num">–</td>' if score is None else _ratio_cell(score.value))
+        body.append(f'<tr><th scope="row">{escape(row)}</th>{"".join(cells)}</tr>')
+    table = _table(
+        ["Score of", *(f"with {escape(name)}" for name in found.environments)],
+        body,
+        "Normalised score of the environment of each row where one network learnt it together with that of the column; the expert, "
+        "which learns it alone, is 1. Below 1: the two interfere, or the network does worse than the expert for another reason.",
+    )
+    return f"<h3>Two at a time</h3><article>{table}</article>"
 
 
 def _experience(results: Results, name: str, joint: bool = False) -> str:
@@ -514,12 +556,18 @@ def _heat_map(summary: Summary) -> str:
 def _heat_cell(row: TransferRow | None) -> str:
     if row is None or row.score is None:
         return '<td class="num">–</td>'
-    ratio = row.score_kind == "ratio"
     value = row.score.value
+    return _ratio_cell(value) if row.score_kind == "ratio" else _heat(f"Δ {charts.signed(value)}", value, 0.0)
+
+
+def _ratio_cell(value: float) -> str:
+    """A ratio: warm below 1, cold above it."""
     # A ratio of 2 and one of 1/2 are as far from 1.
-    strength = min(1.0, abs(math.log2(max(value, 0.25)))) if ratio else 0.0
+    return _heat(charts.score(value), value, min(1.0, abs(math.log2(max(value, 0.25)))))
+
+
+def _heat(shown: str, value: float, strength: float) -> str:
     colour = "student" if value > 1 else "teacher"
-    shown = charts.score(value) if ratio else f"Δ {charts.signed(value)}"
     return (
         f'<td class="num heat" style="background:color-mix(in srgb,var(--{colour}) {round(55 * strength)}%,transparent)">'
         f"{shown}</td>"

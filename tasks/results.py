@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from stillhouse.evaluation.statistics import (
     probability_of_improvement,
 )
 from stillhouse.transfer.metrics import Curve, area_under_curve, compare
+
+# Settings of a joint network that are given by environment.
+_BY_ENVIRONMENT = ("weights", "reward_scales")
 
 Run = dict[str, Any]
 """A stage's metrics (its JSON), with its learning curve's columns under ``curve``."""
@@ -131,6 +135,41 @@ def summarise(results: Results) -> Summary:
         joint={name: _student(results, name, joint=True) for name in sorted(results.joint)},
         transfer={target: _transfer(results, target) for target in sorted(results.transfer)},
     )
+
+
+@dataclass(frozen=True)
+class Interference:
+    """What learning a second environment does to the first: networks of two environments, alike in all else.
+
+    Attributes:
+        networks: their names.
+        environments: rows and columns, sorted.
+        scores: (environment, what it was learnt together with) -> normalised score of the former; absent where no network has
+            these two.
+    """
+
+    networks: list[str]
+    environments: list[str]
+    scores: dict[tuple[str, str], Estimate | None]
+
+
+def interference(results: Results, summary: Summary) -> list[Interference]:
+    """A table of environments by environments for each set of joint networks of two that differ in nothing but these."""
+    alike: dict[str, list[str]] = {}
+    for name, network in summary.joint.items():
+        if len(network.rows) == 2:
+            settings = results.settings["train_multi_task"][name]
+            own = {key: settings[key] for key in settings if key not in ("environments", *_BY_ENVIRONMENT)}
+            alike.setdefault(json.dumps(own, sort_keys=True), []).append(name)
+    tables = []
+    for names in alike.values():
+        scores: dict[tuple[str, str], Estimate | None] = {}
+        for name in names:
+            one, other = summary.joint[name].rows
+            scores[one.environment, other.environment] = one.score
+            scores[other.environment, one.environment] = other.score
+        tables.append(Interference(names, sorted({row for row, _ in scores}), scores))
+    return tables
 
 
 def _over_seeds(values: Sequence[float] | np.ndarray) -> Estimate:

@@ -44,36 +44,56 @@ class Section:
     beside: str
 
 
-def render(studies: Mapping[str, Study], measured: Mapping[str, str] = MappingProxyType({})) -> str:
-    """The page: the same bytes for the same studies.
+@dataclass(frozen=True)
+class Page:
+    """A page of results.
+
+    Attributes:
+        folder: of the committed studies.
+        path: the page's own.
+        head: what stands above the sections.
+        sections: in their order.
+    """
+
+    folder: Path
+    path: Path
+    head: str
+    sections: tuple[Section, ...]
+
+
+def render(
+    page: Page, studies: Mapping[str, Study], measured: Mapping[str, str] = MappingProxyType({})
+) -> str:
+    """A page: the same bytes for the same studies.
 
     Args:
+        page: which.
         studies: by name.
         measured: Markdown that other benchmarks have written of their results, by name: set under the page's own sections.
     """
-    lines = [HEAD]
+    lines = [page.head]
     left = dict(studies)
-    for section in SECTIONS:
+    for section in page.sections:
         lines += ["", f"## {section.title}", ""]
         # `teachers_long` is a part of `teachers`.
         own = [name for name in studies if f"{name}_".startswith(f"{section.study}_")]
         if section.study not in own:
-            lines += [f"Not run yet: there is no `{FOLDER / section.study}.json`."]
+            lines += [f"Not run yet: there is no `{page.folder / section.study}.json`."]
         for name in own:
-            lines += _study(left.pop(name), section)
+            lines += _study(page, left.pop(name), section)
         lines += [section.beside] if own and section.beside else []
     for name, study in left.items():
         title = name.replace("_", " ").capitalize()
-        lines += ["", f"## {title}", "", *_study(study, Section(name, title, scores_table, ""))]
+        lines += ["", f"## {title}", "", *_study(page, study, Section(name, title, scores_table, ""))]
     for text in measured.values():
         lines += ["", *(f"#{line}" if line.startswith("#") else line for line in text.strip().splitlines())]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _study(study: Study, section: Section) -> list[str]:
+def _study(page: Page, study: Study, section: Section) -> list[str]:
     lines = [study.question, "", *section.draw(study), ""]
     lines += [*(f"- {note}" for note in study.notes), ""] if study.notes else []
-    return [*lines, *returns_table(study), origin(study), ""]
+    return [*lines, *returns_table(study), origin(study, page.folder), ""]
 
 
 # --- tables ---------------------------------------------------------------------------------------------------
@@ -174,7 +194,7 @@ def returns_table(study: Study) -> list[str]:
     ]
 
 
-def origin(study: Study) -> str:
+def origin(study: Study, folder: Path) -> str:
     """Where a study's numbers come from: command, commit, machine, versions."""
     about = study.provenance
     machine, versions = about.get("machine") or {}, about.get("versions") or {}
@@ -187,7 +207,7 @@ def origin(study: Study) -> str:
     )
     parts += [" ".join((name, str(versions[name]))) for name in ("torch", "numpy") if name in versions]
     return (
-        f"<sub>Made by {'; '.join(parts) or 'an unknown command'}. Data: `{FOLDER / study.study}.json`.</sub>"
+        f"<sub>Made by {'; '.join(parts) or 'an unknown command'}. Data: `{folder / study.study}.json`.</sub>"
     )
 
 
@@ -379,6 +399,8 @@ hand. *The paper* is Rusu et al. 2015, *Policy Distillation* ([arXiv 1511.06295]
 A score is normalised, 0 for random play and 1 for the teacher of the same seed: (return - random) / (teacher - random), on
 test episodes that neither training nor validation plays. Geometric means are over max(score, 0.01). From 5 seeds on, 95 %
 stratified bootstrap intervals and the interquartile mean (IQM) over seeds and environments; below that the seeds themselves."""
+
+POLICY_DISTILLATION = Page(FOLDER, Path("docs/results/policy-distillation.md"), HEAD, SECTIONS)
 
 STYLE = (
     "svg{background:#fff;font-family:sans-serif}text{font-size:11px;fill:#5d646e}.tick,.axis{fill:#8b929c}"

@@ -13,22 +13,9 @@ from stillhouse.envs.make import EnvironmentConfig
 from stillhouse.files import write_json
 from stillhouse.networks.multi_task import parameter_count, scale_head
 from stillhouse.processor import use_one_core
-from stillhouse.types import OutputKind
-from tasks.curve import Curve
+from tasks.curve import LEARNER_COLUMNS, Curve
 from tasks.production import FOLDER, part
 from tasks.stage import RETRAINING, StageContext, main
-
-# Metrics in the learning curve, and their columns.
-COLUMNS: dict[OutputKind, dict[str, str]] = {
-    "q_values": {"rollout/return": "mean_return", "loss/td": "loss", "rollout/epsilon": "epsilon"},
-    "logits": {
-        "rollout/return": "mean_return",
-        "loss/policy": "policy_loss",
-        "loss/value": "value_loss",
-        "policy/entropy": "entropy",
-        "policy/kl": "kl",
-    },
-}
 
 
 def train_teacher(context: StageContext) -> None:
@@ -46,7 +33,8 @@ def train_teacher(context: StageContext) -> None:
         before = teacher.details["env_steps"]
         state = load_state(part("training_state", context.name))
         continue_training(learner, state, teacher.details["algorithm"], teacher.network.spec)
-    curve = Curve(context, "env_steps", COLUMNS[learner.network.spec.output])
+    columns = {"rollout/return": "mean_return"} | LEARNER_COLUMNS[learner.network.spec.output]
+    curve = Curve(context, "env_steps", columns)
     curve.follow(learner)
 
     folder = Path("data/teachers")

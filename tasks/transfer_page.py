@@ -287,7 +287,10 @@ def _sensitivities(targets: list[Target]) -> list[str]:
             if not way.sensitivity:
                 continue
             for kind in ("fisher", "perturbation"):
-                shares = np.array([found[kind] for found in way.sensitivity]).mean(0)  # [layers, columns]
+                measured = [found[kind] for found in way.sensitivity if found[kind]]
+                if not measured:  # no seed's policy is better than random play
+                    continue
+                shares = np.array(measured).mean(0)  # [layers, columns]
                 for layer, columns in enumerate(shares, 1):
                     rows.append(
                         [

@@ -19,8 +19,13 @@ from stillhouse.networks.multi_task import (
 )
 from stillhouse.types import EnvironmentSpec, Learner, OutputKind
 
-ALGORITHMS = {"dqn": ("DQN", "DQNConfig"), "pqn": ("PQN", "PQNConfig"), "ppo": ("PPO", "PPOConfig")}
-OUTPUTS: dict[str, OutputKind] = {"dqn": "q_values", "pqn": "q_values", "ppo": "logits"}
+ALGORITHMS = {
+    "dqn": ("DQN", "DQNConfig"),
+    "pqn": ("PQN", "PQNConfig"),
+    "ppo": ("PPO", "PPOConfig"),
+    "impala": ("IMPALA", "IMPALAConfig"),
+}
+OUTPUTS: dict[str, OutputKind] = {"dqn": "q_values", "pqn": "q_values", "ppo": "logits", "impala": "logits"}
 
 _FRESH_LOGITS = 0.01  # factor on a fresh policy head's weights: learning starts from a nearly uniform policy
 
@@ -77,7 +82,7 @@ def make_learner(
 
 # Of a training state: what was learnt; what it was learnt from is taken over row by row. Counters, which schedules follow,
 # episodes and random streams are the new training's own.
-_LEARNT = ("parameters", "target")
+_LEARNT = ("parameters", "popart", "target")
 
 
 def continue_training(learner: Learner, state: dict[str, Any], algorithm: str, spec: NetworkSpec) -> None:

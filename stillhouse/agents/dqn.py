@@ -23,7 +23,7 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -65,6 +65,9 @@ class DQNConfig(Config):
     n_step: int = Field(default=1, ge=1, le=100, description="rewards summed before bootstrapping")
     double_q: bool = Field(default=False, description="choose the bootstrap action with the online network")
     loss: TDLoss = "huber"
+    reward_scale: float = Field(
+        default=1.0, gt=0, description="rewards are multiplied by it in learning, not in reports"
+    )
     epsilon_start: float = Field(default=1.0, ge=0, le=1)
     epsilon_end: float = Field(default=0.04, ge=0, le=1)
     epsilon_fraction: float = Field(
@@ -79,6 +82,21 @@ class DQNConfig(Config):
         return self
 
 
+class Batch(NamedTuple):
+    """A minibatch of the replay: observations [b, ...], actions int64 [b], n-step returns [b], discounts [b], successors [b, ...]."""
+
+    observations: Tensor
+    actions: Tensor
+    returns: Tensor
+    discounts: Tensor
+    successors: Tensor
+
+
+def build_parameters(config: DQNConfig, network: MultiTaskNetwork) -> FlatParameters:
+    """A network's parameters with DQN's optimiser."""
+    return FlatParameters(network, config.learning_rate)
+
+
 class DQN:
     """The learner: construct, then iterate :meth:`train`.
 
@@ -88,6 +106,10 @@ class DQN:
         environment: name of the network's head and adapter.
         envs: the copies to act in; ``num_envs`` of them.
         seed: the stage's seed.
+        parameters: the network's, where others train it too: :func:`build_parameters`; none: its own.
+
+    Attributes:
+        learning_rate: of the present block of updates.
     """
 
     def __init__(
@@ -97,13 +119,15 @@ class DQN:
         environment: str,
         envs: VectorEnvironment,
         seed: int,
+        parameters: FlatParameters | None = None,
     ) -> None:
         self.config = config
         self.network = network
         self.environment = environment
-        self.reward_scale = 1.0
+        self.reward_scale = config.reward_scale
         self.envs = envs
-        self.parameters = FlatParameters(network, config.learning_rate)
+        self.parameters = parameters or build_parameters(config, network)
+        self.learning_rate = config.learning_rate
         self.device = self.parameters.values.device
         self._target = copy.deepcopy(network)
         self._target_parameters = FlatParameters(self._target, config.learning_rate)
@@ -120,6 +144,7 @@ class DQN:
         self._exploration = seeding.generator(seed, "exploration")
         self._sampling = seeding.generator(seed, "replay")
         self._observations = envs.reset()
+        self._loss, self._block = torch.zeros((), device=self.device), 0  # of the latest block of updates
 
     def train(self) -> Iterator[Report]:
         """Act and learn until the budget is spent; a report per block of updates.
@@ -128,28 +153,72 @@ class DQN:
             StillhouseError: the loss is not finite.
         """
         config = self.config
-        loss = 0.0
         while self.env_steps < config.env_steps:
-            self._act()
-            done = self.env_steps >= config.env_steps
-            if self.env_steps - self._trained_at < config.train_every and not done:
-                continue
-            self._trained_at = self.env_steps
-            if self.replay.size >= max(1, config.learning_starts):
-                loss = self._learn()
-            if not np.isfinite(loss):
+            self.act()
+            for batch in self.batches():
+                self.parameters.zero_gradient()
+                self.backward(batch)
+                self.parameters.step(self.learning_rate, config.max_gradient_norm)
+            metrics = self.metrics()
+            if not np.isfinite(loss := metrics["loss/td"]):
                 raise StillhouseError(
                     f"DQN's loss became {loss} after {self.env_steps} env steps; no result is written; lower "
                     "learning_rate, or check the environment's rewards and observations"
                 )
-            metrics = {
-                "loss/td": loss,
-                "rollout/epsilon": self.epsilon(),
-                "rollout/episodes": float(self.episodes),
-            }
-            if self.recent_returns:
-                metrics["rollout/return"] = float(np.mean(self.recent_returns))
             yield Report(min(self.env_steps, config.env_steps), config.env_steps, metrics)
+
+    def act(self) -> None:
+        """Act until a block of updates is due, or the budget is spent."""
+        config = self.config
+        due = self._trained_at + config.train_every
+        self._step()
+        while self.env_steps < min(due, config.env_steps):
+            self._step()
+        self._trained_at = self.env_steps
+        self.learning_rate = config.learning_rate
+        if config.learning_rate_decay:
+            self.learning_rate *= 1 - min(1.0, self.env_steps / config.env_steps)
+        self._loss.zero_()
+        self._block = 0
+
+    def batches(self) -> Iterator[Batch]:
+        """A block of minibatches from the replay; none before ``learning_starts``."""
+        config = self.config
+        if self.replay.size < max(1, config.learning_starts):
+            return
+        sample = self.replay.sample(config.updates_per_train * config.batch_size, self._sampling)
+        blocks = [torch.from_numpy(array).to(self.device).split(config.batch_size) for array in sample]
+        for batch in map(Batch, *blocks):
+            yield batch._replace(
+                returns=batch.returns * self.reward_scale
+            )  # the replay keeps the rewards as they were
+
+    def backward(self, batch: Batch) -> Tensor:
+        """Add the loss's gradient to the parameters'; the loss, a scalar."""
+        if self.updates % self.config.target_update_interval == 0:
+            self._target_parameters.values.data.copy_(self.parameters.values.data)
+        with torch.no_grad():
+            target_q = self._target(batch.successors, self.environment)
+            online_q = self.network(batch.successors, self.environment) if self.config.double_q else None
+            targets = q_learning_target(batch.returns, batch.discounts, target_q, online_q)
+        values = self.network(batch.observations, self.environment)
+        loss = td_loss(values, batch.actions, targets, self.config.loss)
+        loss.backward()
+        self.updates += 1
+        self._loss += loss.detach()
+        self._block += 1
+        return loss.detach()
+
+    def metrics(self) -> dict[str, float]:
+        """Of the present block of updates, by the glossary's names."""
+        metrics = {
+            "loss/td": float(self._loss) / max(1, self._block),
+            "rollout/epsilon": self.epsilon(),
+            "rollout/episodes": float(self.episodes),
+        }
+        if self.recent_returns:
+            metrics["rollout/return"] = float(np.mean(self.recent_returns))
+        return metrics
 
     def epsilon(self) -> float:
         """Share of random actions at present."""
@@ -165,7 +234,7 @@ class DQN:
         )
         return values
 
-    def _act(self) -> None:
+    def _step(self) -> None:
         actions = epsilon_greedy(self.outputs(self._observations), self.epsilon(), self._exploration)
         step = self.envs.step(actions)
         self.replay.add(
@@ -181,41 +250,6 @@ class DQN:
         self.env_steps += int(step.valid.sum())
         self.episodes += len(step.ended)
         self.recent_returns.extend(step.episode_returns.tolist())
-
-    def _learn(self) -> float:
-        config = self.config
-        learning_rate = config.learning_rate
-        if config.learning_rate_decay:
-            learning_rate *= 1 - min(1.0, self.env_steps / config.env_steps)
-        count = config.updates_per_train
-        batch = self.replay.sample(count * config.batch_size, self._sampling)
-        blocks = [torch.from_numpy(array).to(self.device).split(config.batch_size) for array in batch]
-        total = torch.zeros((), device=self.device)
-        for observations, actions, returns, discounts, successors in zip(*blocks, strict=True):
-            total += self._update(observations, actions, returns, discounts, successors, learning_rate)
-        return float(total) / count
-
-    def _update(
-        self,
-        observations: Tensor,
-        actions: Tensor,
-        returns: Tensor,
-        discounts: Tensor,
-        successors: Tensor,
-        learning_rate: float,
-    ) -> Tensor:
-        if self.updates % self.config.target_update_interval == 0:
-            self._target_parameters.values.data.copy_(self.parameters.values.data)
-        with torch.no_grad():
-            target_q = self._target(successors, self.environment)
-            online_q = self.network(successors, self.environment) if self.config.double_q else None
-            targets = q_learning_target(returns, discounts, target_q, online_q)
-        loss = td_loss(self.network(observations, self.environment), actions, targets, self.config.loss)
-        self.parameters.zero_gradient()
-        loss.backward()
-        self.parameters.step(learning_rate, self.config.max_gradient_norm)
-        self.updates += 1
-        return loss.detach()
 
     def get_state(self) -> dict[str, Any]:
         """The whole training state, replay included, between two reports."""

@@ -27,7 +27,7 @@ Deviations from the paper:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -93,24 +93,37 @@ class PPOConfig(Config):
         return self
 
 
-def build_critic(kind: CriticKind, actor: MultiTaskNetwork, environment: str, seed: int) -> nn.Module:
+# Observations [b, ...], actions int64 [b], log mu [b], returns [b], with a guide its probabilities [b, A], advantages [b].
+Batch = tuple[Tensor, ...]
+
+
+def build_critic(config: PPOConfig, actor: MultiTaskNetwork, environment: str, seed: int) -> nn.Module:
     """A fresh critic: of the actor's features [B, last width], or of raw observations, to values [B, 1].
 
     Args:
-        kind: ``shared`` or ``separate``.
+        config: says which (``critic``).
         actor: whose torso is shared, or whose size the critic has.
         environment: name of the actor's head.
-        seed: of the initial weights; torch's global generator is left as it was.
+        seed: the learner's; torch's global generator is left as it was.
     """
-    if kind == "separate":
+    seed, device = seeding.derive(seed, "critic"), next(actor.parameters()).device
+    if config.critic == "separate":
         observed = EnvironmentSpec(
             observation=actor.spec.environments[environment].observation, actions=1
         )  # one output: the state's value
         spec = NetworkSpec(size=actor.spec.size, environments={environment: observed}, output="q_values")
-        return build_network(spec, seed)
+        return build_network(spec, seed).to(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return nn.Linear(actor.feature_count, 1)
+        return nn.Linear(actor.feature_count, 1).to(device)
+
+
+def build_parameters(
+    config: PPOConfig, network: MultiTaskNetwork, beside: Mapping[str, nn.Module]
+) -> FlatParameters:
+    """A network's parameters, and its critics' ``beside`` it, with PPO's optimiser."""
+    # The optimiser's epsilon is that of baselines and stable-baselines3.
+    return FlatParameters(network, config.learning_rate, epsilon=1e-5, beside=beside)
 
 
 class Guide(Protocol):
@@ -130,12 +143,15 @@ class PPO:
 
     Args:
         config: settings.
-        network: logits for ``environment``; trained in place. The critic is the learner's own.
+        network: logits for ``environment``; trained in place.
         environment: name of the network's head and adapter.
         envs: the copies to act in; ``num_envs`` of them.
         seed: the stage's seed.
+        parameters: the network's and the critic's, where others train them too: :func:`build_parameters`; none: its own.
+        critic: values of the network's features or of raw observations: :func:`build_critic`, with ``parameters``; none: its own.
 
     Attributes:
+        learning_rate: of the updates on the present rollout.
         guide: a policy that the learner's is drawn to, by KL(guide || policy) on the states that the learner meets; none at
             first.
     """
@@ -147,6 +163,8 @@ class PPO:
         environment: str,
         envs: VectorEnvironment,
         seed: int,
+        parameters: FlatParameters | None = None,
+        critic: nn.Module | None = None,
     ) -> None:
         self.config = config
         self.network = network
@@ -154,13 +172,9 @@ class PPO:
         self.reward_scale = 1.0  # logits have no scale of rewards
         self.guide: Guide | None = None
         self.envs = envs
-        device = next(network.parameters()).device
-        self.critic = build_critic(config.critic, network, environment, seeding.derive(seed, "critic"))
-        self.critic.to(device)
-        # The optimiser's epsilon is that of baselines and stable-baselines3.
-        self.parameters = FlatParameters(
-            network, config.learning_rate, epsilon=1e-5, beside={"critic": self.critic}
-        )
+        self.critic = critic or build_critic(config, network, environment, seed)
+        self.parameters = parameters or build_parameters(config, network, {"critic": self.critic})
+        self.learning_rate = config.learning_rate
         self.device = self.parameters.values.device
         self.env_steps = 0
         self.episodes = 0
@@ -178,6 +192,11 @@ class PPO:
         self._rollout_terminated = np.zeros((steps, copies), np.bool_)
         self._rollout_truncated = np.zeros((steps, copies), np.bool_)
         self._rollout_valid = np.zeros((steps, copies), np.bool_)
+        # Of the present rollout: what minibatches are cut from, [T * B, ...] each, advantages last; the guide's weight; losses.
+        self._columns: tuple[Tensor, ...] = ()
+        self._guided = 0.0
+        self._losses: list[ClippedLoss] = []
+        self._metrics: dict[str, float] = {}
 
     def train(self) -> Iterator[Report]:
         """Act and learn until the budget is spent; a report per rollout.
@@ -187,21 +206,77 @@ class PPO:
         """
         config = self.config
         while self.env_steps < config.env_steps:
-            self._end_warmup()
-            learning_rate = config.learning_rate
-            if config.learning_rate_decay:
-                learning_rate *= 1 - self.env_steps / config.env_steps
-            metrics = self._learn(*self._act(), learning_rate)
-            loss = metrics["loss/policy"] + metrics["loss/value"]
-            if not np.isfinite(loss):
+            self.act()
+            for batch in self.batches():
+                self.parameters.zero_gradient()
+                self.backward(batch)
+                self.parameters.step(self.learning_rate, config.max_gradient_norm)
+            metrics = self.metrics()
+            if not np.isfinite(loss := metrics["loss/policy"] + metrics["loss/value"]):
                 raise StillhouseError(
                     f"PPO's loss became {loss} after {self.env_steps} env steps; no result is written; lower "
                     "learning_rate, or check the environment's rewards and observations"
                 )
-            metrics["rollout/episodes"] = float(self.episodes)
-            if self.recent_returns:
-                metrics["rollout/return"] = float(np.mean(self.recent_returns))
             yield Report(min(self.env_steps, config.env_steps), config.env_steps, metrics)
+
+    def act(self) -> None:
+        """Fill the next rollout with samples of the policy, and compute its advantages and returns."""
+        config = self.config
+        self._end_warmup()
+        self.learning_rate = config.learning_rate
+        if config.learning_rate_decay:
+            self.learning_rate *= 1 - min(1.0, self.env_steps / config.env_steps)
+        self._evaluate(*self._play())
+
+    def batches(self) -> Iterator[Batch]:
+        """The rollout's minibatches, in a fresh order each pass; their advantages are normalised."""
+        config = self.config
+        valid = torch.from_numpy(np.flatnonzero(self._rollout_valid))
+        size = max(1, len(valid) // config.minibatches)
+        count = min(config.minibatches, len(valid))
+        for _ in range(config.epochs):
+            order = valid[torch.randperm(len(valid), generator=self._shuffling)][: size * count]
+            *shuffled, chosen = (column[order.to(self.device)] for column in self._columns)
+            shuffled.append(normalise(chosen.view(count, size)).flatten())
+            yield from zip(*(column.split(size) for column in shuffled), strict=True)
+
+    def backward(self, batch: Batch) -> Tensor:
+        """Add the loss's gradient to the parameters'; the loss without the guide's part, a scalar."""
+        config = self.config
+        observations, actions, log_mu, returns, *guides, advantages = batch
+        features = self.network.features(observations, self.environment)
+        logits = self.network.head(features, self.environment)
+        values = self._value(observations, features.detach() if self._warming else features)
+        loss = clipped_loss(
+            logits,
+            values.squeeze(1),
+            actions,
+            log_mu,
+            advantages,
+            returns,
+            config.clip_range,
+            config.value_coefficient,
+            config.entropy_coefficient,
+        )
+        if guides:  # d KL(guide || policy) / d logits = policy - guide
+            toward = torch.softmax(logits.detach(), 1).sub_(guides[0])
+            loss.logits_gradient.add_(toward, alpha=self._guided / len(toward))
+        values_gradient = loss.values_gradient.unsqueeze(1)
+        if self._warming:
+            values.backward(values_gradient)
+        else:
+            torch.autograd.backward([logits, values], [loss.logits_gradient, values_gradient])
+        self._losses.append(loss)
+        return loss.total(config.value_coefficient, config.entropy_coefficient)
+
+    def metrics(self) -> dict[str, float]:
+        """Of the present rollout, by the glossary's names."""
+        metrics = {**self._metrics, "rollout/episodes": float(self.episodes)}
+        if self._losses:
+            metrics |= _loss_metrics(self._losses, self.config)
+        if self.recent_returns:
+            metrics["rollout/return"] = float(np.mean(self.recent_returns))
+        return metrics
 
     @torch.inference_mode()
     def outputs(self, observations: np.ndarray) -> np.ndarray:
@@ -216,7 +291,7 @@ class PPO:
             self._warming = False
             self.parameters.forget_moments()
 
-    def _act(self) -> tuple[np.ndarray, np.ndarray]:
+    def _play(self) -> tuple[np.ndarray, np.ndarray]:
         """Fill the rollout.
 
         Returns:
@@ -254,7 +329,8 @@ class PPO:
         self.env_steps += int(self._rollout_valid.sum())
         return np.concatenate(rows), np.concatenate(successors)
 
-    def _learn(self, rows: np.ndarray, successors: np.ndarray, learning_rate: float) -> dict[str, float]:
+    def _evaluate(self, rows: np.ndarray, successors: np.ndarray) -> None:
+        """Compute advantages and returns of the rollout, with what :meth:`_play` gave."""
         config = self.config
         steps, copies = self._rollout_rewards.shape
         observations = torch.from_numpy(self._rollout_observations).flatten(0, 1).to(self.device)
@@ -274,64 +350,22 @@ class PPO:
         actions = torch.from_numpy(self._rollout_actions).flatten().to(self.device)
         logits = torch.from_numpy(self._rollout_logits).flatten(0, 1).to(self.device)
         log_mu = torch.log_softmax(logits, 1).gather(1, actions.unsqueeze(1)).squeeze(1)
-        guided = self.guide.weight(self.env_steps) if self.guide and not self._warming else 0.0
-        guides = [self._guide_policy(self.guide, observations)] if self.guide and guided else []
+        self._guided = self.guide.weight(self.env_steps) if self.guide and not self._warming else 0.0
+        guides = [self._guide_policy(self.guide, observations)] if self.guide and self._guided else []
         returns = advantages.flatten() + values
-        columns = (observations, actions, log_mu, returns, *guides, advantages.flatten())
-        valid = torch.from_numpy(np.flatnonzero(self._rollout_valid))
-        size = max(1, len(valid) // config.minibatches)
-        count = min(config.minibatches, len(valid))
-        parts: list[ClippedLoss] = []
-        for _ in range(config.epochs):
-            order = valid[torch.randperm(len(valid), generator=self._shuffling)][: size * count]
-            *shuffled, chosen = (column[order.to(self.device)] for column in columns)
-            shuffled.append(normalise(chosen.view(count, size)).flatten())
-            for minibatch in zip(*(column.split(size) for column in shuffled), strict=True):
-                parts.append(self._update(minibatch, learning_rate, guided))
-        metrics = _metrics(parts, config.epochs, config.clip_range)
-        metrics["rollout/value"] = float(values.mean())
+        self._columns = (observations, actions, log_mu, returns, *guides, advantages.flatten())
+        self._losses = []
+        self._metrics = {"rollout/value": float(values.mean())}
         if guides:
             log_policy = torch.log_softmax(logits, 1)
-            metrics["policy/guide_kl"] = float(
+            self._metrics["policy/guide_kl"] = float(
                 functional.kl_div(log_policy, guides[0], reduction="batchmean")
             )
-        return metrics
 
     @torch.inference_mode()
     def _guide_policy(self, guide: Guide, observations: Tensor) -> Tensor:
         """The guide's probabilities [N, A] for raw observations [N, ...]."""
         return torch.cat([guide.policy(part) for part in observations.split(_EVALUATION_BATCH)])
-
-    def _update(
-        self, minibatch: tuple[Tensor, ...], learning_rate: float, guided: float = 0.0
-    ) -> ClippedLoss:
-        config = self.config
-        observations, actions, log_mu, returns, *guides, advantages = minibatch
-        features = self.network.features(observations, self.environment)
-        logits = self.network.head(features, self.environment)
-        values = self._value(observations, features.detach() if self._warming else features)
-        loss = clipped_loss(
-            logits,
-            values.squeeze(1),
-            actions,
-            log_mu,
-            advantages,
-            returns,
-            config.clip_range,
-            config.value_coefficient,
-            config.entropy_coefficient,
-        )
-        if guides:  # d KL(guide || policy) / d logits = policy - guide
-            toward = torch.softmax(logits.detach(), 1).sub_(guides[0])
-            loss.logits_gradient.add_(toward, alpha=guided / len(toward))
-        self.parameters.zero_gradient()
-        values_gradient = loss.values_gradient.unsqueeze(1)
-        if self._warming:
-            values.backward(values_gradient)
-        else:
-            torch.autograd.backward([logits, values], [loss.logits_gradient, values_gradient])
-        self.parameters.step(learning_rate, config.max_gradient_norm)
-        return loss
 
     def _value(self, observations: Tensor, features: Tensor | None = None) -> Tensor:
         """Values [B, 1] of raw observations [B, ...], whose features by the actor may be known already."""
@@ -374,9 +408,9 @@ class PPO:
         self._shuffling.set_state(torch.from_numpy(np.array(state["shuffling"])))
 
 
-def _metrics(parts: list[ClippedLoss], epochs: int, clip_range: float) -> dict[str, float]:
+def _loss_metrics(parts: list[ClippedLoss], config: PPOConfig) -> dict[str, float]:
     """Means over all updates of a rollout; of what the policy moved, over the last pass."""
-    log_ratio = torch.cat([part.log_ratio for part in parts[-(len(parts) // epochs) :]])
+    log_ratio = torch.cat([part.log_ratio for part in parts[-max(1, len(parts) // config.epochs) :]])
     ratio = log_ratio.exp()
     return {
         "loss/policy": float(torch.cat([part.policy for part in parts]).mean()),
@@ -384,5 +418,5 @@ def _metrics(parts: list[ClippedLoss], epochs: int, clip_range: float) -> dict[s
         "policy/entropy": float(torch.cat([part.entropy for part in parts]).mean()),
         # KL(before || after), by an estimator that is never negative: E[rho - 1 - log rho] under the policy before.
         "policy/kl": float((ratio - 1 - log_ratio).mean()),
-        "policy/clip_fraction": float(((ratio - 1).abs() > clip_range).float().mean()),
+        "policy/clip_fraction": float(((ratio - 1).abs() > config.clip_range).float().mean()),
     }

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -71,6 +71,14 @@ class PQNConfig(Config):
         if self.minibatches > self.num_envs * self.rollout_length:
             raise ValueError("at most num_envs * rollout_length minibatches are allowed")
         return self
+
+
+class Batch(NamedTuple):
+    """A minibatch: observations [b, ...], actions int64 [b], Q(lambda) returns [b]."""
+
+    observations: Tensor
+    actions: Tensor
+    returns: Tensor
 
 
 class Rollout:
@@ -203,6 +211,10 @@ class PQN:
         environment: name of the network's head and adapter.
         envs: the copies to act in; ``num_envs`` of them.
         seed: the stage's seed.
+        parameters: the network's, where others train it too: :func:`build_parameters`; none: its own.
+
+    Attributes:
+        learning_rate: of the updates on the present rollout.
     """
 
     def __init__(
@@ -212,17 +224,21 @@ class PQN:
         environment: str,
         envs: VectorEnvironment,
         seed: int,
+        parameters: FlatParameters | None = None,
     ) -> None:
         self.config = config
         self.network = network
         self.environment = environment
         self.reward_scale = config.reward_scale
         self.envs = envs
-        self.parameters = FlatParameters(network, config.learning_rate)
+        self.parameters = parameters or build_parameters(config, network)
+        self.learning_rate = config.learning_rate
         self.device = self.parameters.values.device
         exploration = seeding.generator(seed, "exploration")
         self.rollout = Rollout(config, envs, self.outputs, exploration, config.reward_scale)
         self._shuffling = seeding.torch_generator(seed, "shuffling")
+        self._epsilon = config.epsilon_start
+        self._loss, self._updates = torch.zeros((), device=self.device), 0  # of the present rollout
 
     @property
     def env_steps(self) -> int:
@@ -234,28 +250,69 @@ class PQN:
         """Ended so far."""
         return self.rollout.episodes
 
+    @property
+    def recent_returns(self) -> deque[float]:
+        """Of the last 100 episodes."""
+        return self.rollout.recent_returns
+
     def train(self) -> Iterator[Report]:
         """Act and learn until the budget is spent; a report per rollout.
 
         Raises:
             StillhouseError: the loss is not finite.
         """
-        config, rollout = self.config, self.rollout
+        config = self.config
         while self.env_steps < config.env_steps:
-            epsilon = exploration_share(config, self.env_steps)
-            learning_rate = decayed_learning_rate(config, self.env_steps)
-            rollout.act(epsilon)
-            loss = self._learn(learning_rate)
-            if not np.isfinite(loss):
+            self.act()
+            for batch in self.batches():
+                self.parameters.zero_gradient()
+                self.backward(batch)
+                self.parameters.step(self.learning_rate, config.max_gradient_norm)
+            metrics = self.metrics()
+            if not np.isfinite(loss := metrics["loss/td"]):
                 raise StillhouseError(
                     f"PQN's loss became {loss} after {self.env_steps} env steps; no result is written; lower "
                     "learning_rate, or check the environment's rewards and observations"
                 )
-            metrics = {"loss/td": loss, "rollout/epsilon": epsilon, "rollout/episodes": float(self.episodes)}
-            metrics["rollout/value"] = rollout.mean_value
-            if rollout.recent_returns:
-                metrics["rollout/return"] = float(np.mean(rollout.recent_returns))
             yield Report(min(self.env_steps, config.env_steps), config.env_steps, metrics)
+
+    def act(self) -> None:
+        """Fill the next rollout, epsilon-greedily."""
+        self._epsilon = exploration_share(self.config, self.env_steps)
+        self.learning_rate = decayed_learning_rate(self.config, self.env_steps)
+        self.rollout.act(self._epsilon)
+        self._loss.zero_()
+        self._updates = 0
+
+    def batches(self) -> Iterator[Batch]:
+        """The rollout's minibatches, in a fresh order each pass."""
+        rollout = self.rollout
+        observations, actions = rollout.observations.to(self.device), rollout.actions.to(self.device)
+        returns = rollout.returns().to(self.device)
+        for rows in minibatches(self.config, rollout.rows, self._shuffling):
+            chosen = rows.to(self.device)
+            yield Batch(observations[chosen], actions[chosen], returns[chosen])
+
+    def backward(self, batch: Batch) -> Tensor:
+        """Add the loss's gradient to the parameters'; the loss, a scalar."""
+        values = self.network(batch.observations, self.environment)
+        loss = td_loss(values, batch.actions, batch.returns, "mse")
+        loss.backward()
+        self._loss += loss.detach()
+        self._updates += 1
+        return loss.detach()
+
+    def metrics(self) -> dict[str, float]:
+        """Of the present rollout, by the glossary's names."""
+        metrics = {
+            "loss/td": float(self._loss) / max(1, self._updates),
+            "rollout/epsilon": self._epsilon,
+            "rollout/episodes": float(self.episodes),
+            "rollout/value": self.rollout.mean_value,
+        }
+        if self.rollout.recent_returns:
+            metrics["rollout/return"] = float(np.mean(self.rollout.recent_returns))
+        return metrics
 
     @torch.inference_mode()
     def outputs(self, observations: np.ndarray) -> np.ndarray:
@@ -264,21 +321,6 @@ class PQN:
             self.network(torch.from_numpy(observations).to(self.device), self.environment).cpu().numpy()
         )
         return values
-
-    def _learn(self, learning_rate: float) -> float:
-        config, rollout = self.config, self.rollout
-        observations, actions = rollout.observations.to(self.device), rollout.actions.to(self.device)
-        targets = rollout.returns().to(self.device)
-        total = torch.zeros((), device=self.device)
-        for minibatch in minibatches(config, rollout.rows, self._shuffling):
-            chosen = minibatch.to(self.device)
-            values = self.network(observations[chosen], self.environment)
-            loss = td_loss(values, actions[chosen], targets[chosen], "mse")
-            self.parameters.zero_gradient()
-            loss.backward()
-            self.parameters.step(learning_rate, config.max_gradient_norm)
-            total += loss.detach()
-        return float(total) / (config.epochs * config.minibatches)
 
     def get_state(self) -> dict[str, Any]:
         """The whole training state, between two reports."""
@@ -293,6 +335,11 @@ class PQN:
         self.parameters.set_state(state["parameters"])
         self.rollout.set_state(state)
         self._shuffling.set_state(torch.from_numpy(np.array(state["shuffling"])))
+
+
+def build_parameters(config: PQNConfig, network: MultiTaskNetwork) -> FlatParameters:
+    """A network's parameters with PQN's optimiser."""
+    return FlatParameters(network, config.learning_rate)
 
 
 def exploration_share(config: PQNConfig, env_steps: int) -> float:

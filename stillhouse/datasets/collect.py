@@ -18,6 +18,7 @@ from stillhouse.datasets.writer import ShardWriter
 from stillhouse.envs.make import EnvironmentConfig
 from stillhouse.envs.vector import VectorEnvironment
 from stillhouse.errors import StillhouseError
+from stillhouse.evaluation.rollouts import policy_outputs
 from stillhouse.exploration import epsilon_greedy
 from stillhouse.files import replace_folder, write_json
 from stillhouse.types import EnvironmentSpec, OutputKind, Policy, Report
@@ -103,7 +104,7 @@ def collect(
 
     with replace_folder(path) as folder:
         writer = ShardWriter(folder, spec, config.transitions + config.num_envs - 1)
-        observations = envs.reset()
+        observations, starts = envs.reset(), np.ones(config.num_envs, np.bool_)
         episode = np.arange(config.num_envs)  # [B], the number of each copy's open episode
         next_episode = config.num_envs
         done = ended_episodes = cut_episodes = 0
@@ -111,7 +112,7 @@ def collect(
         return_sum = gap_sum = 0.0
         mean_return: float | None = None
         while done < config.transitions:
-            outputs = teacher.policy(observations)  # [B, A]
+            outputs = policy_outputs(teacher.policy, observations, starts)  # [B, A]
             if not np.isfinite(outputs).all():
                 raise StillhouseError(
                     f"the teacher's outputs for {environment.id} are not finite after {done} env steps; its "
@@ -145,7 +146,7 @@ def collect(
             ended_episodes += len(step.ended)
             episode[step.ended] = next_episode + np.arange(len(step.ended))
             next_episode += len(step.ended)
-            observations = step.observations
+            observations, starts = step.observations, step.starts
             if ended_episodes:
                 mean_return = return_sum / ended_episodes
             if reported + report_every <= done < config.transitions:

@@ -121,7 +121,7 @@ class ExpectedEntropy:
         self.config = config
         self.training = training
         self.learning_rate = learning_rate
-        width = training.network.torso.outputs
+        width = training.network.feature_count
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeding.derive(seed, "distillation", "critics"))
             self._critics = nn.ModuleDict({name: nn.Linear(width, 1) for name in environments})

@@ -178,8 +178,10 @@ class StudentConfig(Config):
         return values
 
     @model_validator(mode="after")
-    def _own_heads_for_q_values(self) -> Self:
+    def _possible_size(self) -> Self:
         # Each environment's Q-values have a mean and deviation of their own, which are folded into a head of its own.
+        if self.size.separate:
+            raise ValueError("a student is one network: size.separate must be false")
         if self.loss == "mse" and self.size.share_head:
             raise ValueError("size.share_head is allowed with loss kl or nll, not with mse")
         return self
@@ -536,7 +538,7 @@ class StudentTraining:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeding.derive(self.seed, "distillation", "feature readers"))
             readers = {
-                name: nn.Linear(self.network.torso.outputs, teacher.torso.outputs)
+                name: nn.Linear(self.network.feature_count, teacher.feature_count)
                 for name, teacher in self._teachers.items()
             }
         return nn.ModuleDict(readers).to(self.device)

@@ -54,6 +54,11 @@ class Step:
     episode_returns: np.ndarray
     episode_lengths: np.ndarray
 
+    @property
+    def starts(self) -> np.ndarray:
+        """Rows whose ``observations`` begin an episode, bool [B]; with ``NEXT_STEP`` those spent on the reset too."""
+        return self.terminated | self.truncated | ~self.valid
+
     def next_observations(self) -> np.ndarray:
         """The observation that each transition really led to, [B, ...]."""
         if not len(self.ended):

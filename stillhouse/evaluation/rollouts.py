@@ -8,13 +8,13 @@ from typing import Literal
 import numpy as np
 import torch
 from pydantic import Field
-from torch import nn
 
 from stillhouse.config import Config
 from stillhouse.envs.make import EnvironmentConfig, make
 from stillhouse.envs.vector import VectorEnvironment
 from stillhouse.errors import StillhouseError
 from stillhouse.exploration import epsilon_greedy
+from stillhouse.networks.multi_task import MultiTaskNetwork
 from stillhouse.seeding import generator
 from stillhouse.types import Policy
 
@@ -96,10 +96,10 @@ def evaluate(
     envs = VectorEnvironment(environment, copies, seed, stream)
     try:
         actions_count = envs.spec.actions
-        observations = envs.reset()
+        observations, starts = envs.reset(), np.ones(copies, np.bool_)
         while (played < quota).any():
             if epsilon < 1:
-                outputs = policy(observations)
+                outputs = policy_outputs(policy, observations, starts)
                 if not np.isfinite(outputs).all():
                     raise StillhouseError(
                         f"{environment.id}: the policy's outputs are not finite numbers, so it cannot be "
@@ -108,7 +108,7 @@ def evaluate(
             else:
                 outputs = np.zeros((copies, actions_count))
             step = envs.step(epsilon_greedy(outputs, epsilon, random))
-            observations = step.observations
+            observations, starts = step.observations, step.starts
             if len(step.ended):
                 counted = played[step.ended] < quota[step.ended]
                 rows = step.ended[counted]
@@ -122,15 +122,58 @@ def evaluate(
     return Episodes(returns, lengths, capped)
 
 
-def network_policy(network: nn.Module, environment: str, device: str = "cpu") -> Policy:
+class MemoryPolicy:
+    """A network with a memory as a policy: :func:`policy_outputs` tells it where episodes begin.
+
+    Args:
+        network: in evaluation mode.
+        environment: the environment's name in the network.
+        device: where the network is.
+    """
+
+    def __init__(self, network: MultiTaskNetwork, environment: str, device: str = "cpu") -> None:
+        self._network, self._environment, self._device = network, environment, device
+        self._state = network.initial_state(0)
+
+    @torch.inference_mode()
+    def step(self, observations: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """The outputs [B, A] for observations [B, ...] that follow the last ones, or begin an episode where ``starts`` [B]."""
+        if starts.all():  # perhaps of another number of copies
+            self._state = self._network.initial_state(len(starts))
+        given = torch.from_numpy(observations).to(self._device)
+        begins = torch.from_numpy(starts).to(self._device)
+        features, states = self._network.unroll(given[None], self._environment, self._state, begins[None])
+        self._state = states[0]
+        return self._network.head(features[0], self._environment).to("cpu", torch.float32).numpy()
+
+    def __call__(self, observations: np.ndarray) -> np.ndarray:
+        """Raises StillhouseError: for observations out of their order there are no outputs."""
+        outputs: np.ndarray = self._network(torch.from_numpy(observations), self._environment)
+        return outputs
+
+
+def policy_outputs(policy: Policy, observations: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """What a policy, with a memory or without, gives as episodes are played, [B, A].
+
+    Args:
+        policy: asked once a step.
+        observations: [B, ...].
+        starts: bool [B], rows that begin an episode; all of them at first.
+    """
+    return policy.step(observations, starts) if isinstance(policy, MemoryPolicy) else policy(observations)
+
+
+def network_policy(network: MultiTaskNetwork, environment: str, device: str = "cpu") -> Policy:
     """A network's outputs for one of its environments as a policy on arrays, without gradients.
 
     Args:
-        network: called as ``network(observations, environment)``, gives [B, A].
+        network: called as ``network(observations, environment)``, gives [B, A]; one with a memory becomes a :class:`MemoryPolicy`.
         environment: the environment's name in the network.
         device: where the network is.
     """
     network.eval()
+    if network.spec.size.recurrent != "none":
+        return MemoryPolicy(network, environment, device)
 
     def policy(observations: np.ndarray) -> np.ndarray:
         with torch.inference_mode():

@@ -12,6 +12,7 @@ import numpy as np
 
 from stillhouse.envs.make import EnvironmentConfig, make
 from stillhouse.errors import StillhouseError
+from stillhouse.evaluation.rollouts import policy_outputs
 from stillhouse.seeding import derive
 from stillhouse.types import Policy
 
@@ -60,8 +61,8 @@ def record(
                 observation, _ = env.reset(seed=derive(seed, "video", episode) % 2**31)
                 _append(writer, env, environment)
                 total = 0.0
-                for _ in range(max_steps):
-                    outputs = policy(np.asarray(observation)[None])
+                for count in range(max_steps):
+                    outputs = policy_outputs(policy, np.asarray(observation)[None], np.array([count == 0]))
                     observation, reward, terminated, truncated, _ = env.step(int(outputs[0].argmax()))
                     total += float(reward)
                     _append(writer, env, environment)

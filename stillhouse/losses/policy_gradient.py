@@ -27,6 +27,11 @@ class ClippedLoss(NamedTuple):
     logits_gradient: Tensor
     values_gradient: Tensor
 
+    def total(self, value_coefficient: float, entropy_coefficient: float) -> Tensor:
+        """The whole's mean over the batch, a scalar."""
+        whole = torch.add(self.policy, self.value, alpha=value_coefficient)
+        return whole.sub_(self.entropy, alpha=entropy_coefficient).mean()
+
 
 @torch.no_grad()
 def clipped_loss(
@@ -90,3 +95,50 @@ def normalise(advantages: Tensor) -> Tensor:
     """Advantages with mean 0 and standard deviation 1 in each row of [K, B]; all 0 where there is one only."""
     centred = advantages - advantages.mean(1, keepdim=True)
     return centred / (centred.square().mean(1, keepdim=True).sqrt() + 1e-8)
+
+
+class ActorCriticLoss(NamedTuple):
+    """An actor-critic's loss, and its parts before their means over the batch.
+
+    Attributes:
+        total: of the whole, a scalar with its graph.
+        policy: minus the log-probability times the advantage, detached [N].
+        value: half the squared error of the critic, detached [N].
+        entropy: of the policy, in nats, detached [N].
+    """
+
+    total: Tensor
+    policy: Tensor
+    value: Tensor
+    entropy: Tensor
+
+
+def actor_critic_loss(
+    log_policy: Tensor,
+    values: Tensor,
+    actions: Tensor,
+    advantages: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    value_coefficient: float,
+    entropy_coefficient: float,
+) -> ActorCriticLoss:
+    """The advantage actor-critic's loss (Mnih et al. 2016, https://arxiv.org/abs/1602.01783, section 4):
+
+        loss = sum_i weights_i [ -A_i log pi(a_i | s_i) + c1 1/2 (V(s_i) - G_i)^2 - c2 H(pi(. | s_i)) ]
+
+    Args:
+        log_policy: log-probabilities of all actions, [N, A].
+        values: the critic's, [N].
+        actions: taken, int64 [N].
+        advantages: A, importance weights included; no gradient flows into it, [N].
+        targets: G, what the critic is fitted to; none into this either, [N].
+        weights: of the rows, [N]: 1/N each for the mean, 0 where a row is no transition.
+        value_coefficient: c1.
+        entropy_coefficient: c2.
+    """
+    policy = -advantages.detach() * log_policy.gather(1, actions.unsqueeze(1)).squeeze(1)
+    value = (values - targets.detach()).square() / 2
+    entropy = -(log_policy.exp() * log_policy).sum(1)
+    total = weights @ (policy + value_coefficient * value - entropy_coefficient * entropy)
+    return ActorCriticLoss(total, policy.detach(), value.detach(), entropy.detach())

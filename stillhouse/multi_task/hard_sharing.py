@@ -1,207 +1,183 @@
-"""Hard parameter sharing: one network learns all environments by multi-task PQN.
+"""Hard parameter sharing: one network learns all environments, by any of the algorithms.
 
 Caruana 1997, "Multitask Learning" (https://doi.org/10.1023/A:1007379606734): a body shared by all tasks, a head for each.
-The learner on top is PQN (``stillhouse.agents.pqn``); each update descends
+With ``L_e`` the learner's loss on a minibatch of environment e, each update descends
 
-    sum_e w_e mean 1/2 (Q_e(s, a) - stop_gradient(G_e))^2 / sum_e w_e     with a minibatch of every environment e
+    sum_e w_e L_e
+
+on the network's and all critics' parameters together, with weights, or gradients, balanced by a method of
+:mod:`stillhouse.multi_task.balancing`; uniform: ``w_e = 1/E``.
 
 This is the baseline of multi-task distillation: the same network with as many env steps, but without teachers (Multi-DQN of
-Rusu et al. 2015, https://arxiv.org/abs/1511.06295).
+Rusu et al. 2015, https://arxiv.org/abs/1511.06295, with ``algorithm: dqn``).
 
 Deviations from the papers:
 
-1. PQN in place of DQN, without replay: see there.
-2. Every update takes a minibatch of every environment; Multi-DQN's come from one game at a time.
-3. What is shared is decided by the network's size: with ``share_planes`` all but the first convolution and the heads.
+1. Every update takes a minibatch of every environment; Multi-DQN's come from one game at a time.
+2. What is shared is decided by the network's size: with ``share_planes`` all but the first convolution and the heads. Critics are
+   each environment's own, on shared features where the learner's are.
+3. A pass through the network and a gradient is made for each environment, whatever balances them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from pydantic import Field, field_validator
+from torch import Tensor
 
-from stillhouse import seeding
-from stillhouse.agents.pqn import (
-    PQNConfig,
-    Rollout,
-    decayed_learning_rate,
-    exploration_share,
-    minibatches,
+from stillhouse.agents import OUTPUTS
+from stillhouse.envs.make import EnvironmentConfig
+from stillhouse.multi_task.balancing import Balancer, BalancingConfig, make_balancer
+from stillhouse.multi_task.joint_training import (
+    JointConfig,
+    JointTraining,
+    check_names,
+    make_learners,
+    parse_learner,
 )
-from stillhouse.envs.vector import VectorEnvironment
-from stillhouse.errors import StillhouseError
-from stillhouse.evaluation.rollouts import network_policy
-from stillhouse.losses.td import td_loss
-from stillhouse.networks.multi_task import MultiTaskNetwork, scale_head
-from stillhouse.networks.parameters import FlatParameters
-from stillhouse.types import Report
+from stillhouse.networks.multi_task import MultiTaskNetwork, NetworkSize
+from stillhouse.types import Learner
 
 
-class HardSharingConfig(PQNConfig):
-    """PQN's settings; ``env_steps`` is the budget of each environment."""
+class HardSharingConfig(JointConfig, BalancingConfig):
+    """Settings beside the learner's."""
 
-    weights: dict[str, float] = Field(
-        default_factory=dict, description="weight of an environment's loss, by name; 1 where none is given"
-    )
-    reward_scales: dict[str, float] = Field(
-        default_factory=dict,
-        description="an environment's reward_scale, by name, where it is not the common one",
+    method: Literal["hard_sharing"] = Field(
+        default="hard_sharing", description="all environments share a body"
     )
 
-    @field_validator("weights", "reward_scales")
+    @field_validator("network")
     @classmethod
-    def _positive(cls, values: dict[str, float]) -> dict[str, float]:
-        if not all(value > 0 for value in values.values()):
-            raise ValueError("numbers greater than 0 are allowed")
-        return values
+    def _shared(cls, network: NetworkSize) -> NetworkSize:
+        if network.separate:
+            raise ValueError(
+                "one network is shared: separate must be false (soft_sharing is for separate ones)"
+            )
+        return network
 
 
-class HardSharing:
-    """The learner: construct, then iterate :meth:`train`; ``network`` is the result, see :meth:`rescale_heads`.
+def hard_sharing(
+    config: HardSharingConfig,
+    learner: Mapping[str, Any],
+    environments: Mapping[str, EnvironmentConfig],
+    seed: int,
+    device: str = "cpu",
+) -> JointTraining:
+    """Joint training of one network.
 
     Args:
         config: settings.
-        network: Q-values for all environments; trained in place.
-        environments: the copies to act in, by the names of the network's heads.
+        learner: the algorithm's settings, without ``network``; ``env_steps`` is each environment's.
+        environments: where to act, by name.
         seed: the stage's seed.
+        device: of the network.
 
     Raises:
-        StillhouseError: a weight or reward scale for an unknown environment, or several reward scales and one head.
+        StillhouseError: settings that do not fit each other, or environments that no network takes.
+    """
+    for where in ("weights", "reference_returns"):
+        check_names(where, getattr(config, where), environments)
+    settings = parse_learner(learner, config.network)
+    network, learners = make_learners(settings, environments, config.reward_scales, seed, device)
+    shared = shared_places(network, learners)
+    output = OUTPUTS[settings.algorithm]
+    balancer = make_balancer(config, list(environments), shared, output, seed, device)
+    rule = SharedUpdate(network, learners, balancer, settings.max_gradient_norm)
+    return JointTraining(network, learners, rule, settings.env_steps, config.when_diverging)
+
+
+def shared_places(network: MultiTaskNetwork, learners: Mapping[str, Learner]) -> list[slice]:
+    """Where, in the flat parameters, what two or more environments' ways have in common lies; neighbours merged."""
+    ways = [{key for layer in network.layer_names(name) for key in layer} for name in learners]
+    places: list[slice] = []
+    for key, place in next(iter(learners.values())).parameters.slices.items():
+        if sum(key in way for way in ways) < 2:
+            continue
+        if places and places[-1].stop == place.start:
+            places[-1] = slice(places[-1].start, place.stop)
+        else:
+            places.append(place)
+    return places
+
+
+class SharedUpdate:
+    """The rule of hard sharing: one gradient of all, on parameters that all learners have.
+
+    Args:
+        network: of all environments.
+        learners: by environment, all on the same parameters.
+        balancer: makes one gradient of theirs.
+        max_gradient_norm: of the combined gradient; 0 does not clip.
     """
 
     def __init__(
         self,
-        config: HardSharingConfig,
         network: MultiTaskNetwork,
-        environments: Mapping[str, VectorEnvironment],
-        seed: int,
+        learners: Mapping[str, Learner],
+        balancer: Balancer,
+        max_gradient_norm: float,
     ) -> None:
-        for where, values in (("weights", config.weights), ("reward_scales", config.reward_scales)):
-            if unknown := sorted(set(values) - set(environments)):
-                raise StillhouseError(
-                    f"{where}: {', '.join(unknown)} is not among the environments; allowed are {', '.join(environments)}"
-                )
-        self.config = config
-        if network.spec.size.share_head and len({self.reward_scale(name) for name in environments}) > 1:
-            raise StillhouseError(
-                "network.share_head: one head cannot give Q-values on several reward scales; set share_head to false, or "
-                "the same reward scale for all environments"
-            )
         self.network = network
-        self.parameters = FlatParameters(network, config.learning_rate)
-        self.device = self.parameters.values.device
-        self.rollouts = {
-            name: Rollout(
-                config,
-                envs,
-                network_policy(network, name, str(self.device)),
-                seeding.generator(seed, "exploration", name),
-                self.reward_scale(name),
-            )
-            for name, envs in environments.items()
+        self.learners = dict(learners)
+        self.balancer = balancer
+        self.parameters = next(iter(self.learners.values())).parameters
+        self._max_gradient_norm = max_gradient_norm
+        self._left_out: set[str] = set()
+        flat = self.parameters.gradient
+        self._gradients = flat.new_zeros(len(self.learners), len(flat))
+        self._losses = flat.new_zeros(len(self.learners))
+
+    def begin(self) -> None:
+        self.balancer.begin(
+            [
+                float(np.mean(learner.recent_returns)) if learner.recent_returns else None
+                for learner in self.learners.values()
+            ]
+        )
+
+    def backward(self, batches: Mapping[str, Any]) -> Tensor:
+        for index, name in enumerate(self.learners):
+            if name in batches:
+                self.parameters.zero_gradient()
+                self._losses[index] = self.learners[name].backward(batches[name])
+                self._gradients[index] = self.parameters.gradient
+        # One sum of a row is not finite where any of it is not.
+        return torch.where(torch.isfinite(self._gradients.sum(1)), self._losses, torch.nan)
+
+    def step(self) -> None:
+        self.parameters.gradient.copy_(self.balancer.combine(self._gradients, self._losses))
+        learning_rate = max(
+            learner.learning_rate for name, learner in self.learners.items() if name not in self._left_out
+        )
+        self.parameters.step(learning_rate, self._max_gradient_norm)
+
+    def leave_out(self, name: str) -> None:
+        index = list(self.learners).index(name)
+        self._left_out.add(name)
+        self._gradients[index] = 0
+        self._losses[index] = 0
+        self.balancer.leave_out(index)
+        trained = {
+            key
+            for other in self.learners
+            if other not in self._left_out
+            for key in self.parameters.slices
+            if key.startswith(f"critic.{other}.")
+            or any(key in layer for layer in self.network.layer_names(other))
         }
-        self._shuffling = {name: seeding.torch_generator(seed, "shuffling", name) for name in environments}
-        weights = [config.weights.get(name, 1.0) for name in environments]
-        self._weights = torch.tensor(weights, device=self.device) / sum(weights)
+        # Adam's averages would go on moving what nobody trains any more.
+        self.parameters.set_pace(dict.fromkeys(self.parameters.slices.keys() - trained, 0.0))
 
-    @property
-    def env_steps(self) -> int:
-        """Taken so far, all environments together."""
-        return sum(rollout.env_steps for rollout in self.rollouts.values())
-
-    def reward_scale(self, name: str) -> float:
-        """What the rewards of ``name`` are multiplied by in learning."""
-        return self.config.reward_scales.get(name, self.config.reward_scale)
-
-    def rescale_heads(self) -> None:
-        """Bring the heads to the environments' own rewards: at the end, for a checkpoint."""
-        shared = self.network.spec.size.share_head
-        for name in list(self.rollouts)[: 1 if shared else None]:
-            scale_head(self.network, name, 1 / self.reward_scale(name))
-
-    def train(self) -> Iterator[Report]:
-        """Act and learn until every environment's budget is spent; a report per rollout, in env steps of all together.
-
-        Raises:
-            StillhouseError: the loss is not finite.
-        """
-        config = self.config
-        total = config.env_steps * len(self.rollouts)
-        while (progress := self._progress()) < config.env_steps:
-            epsilon = exploration_share(config, progress)
-            learning_rate = decayed_learning_rate(config, progress)
-            for rollout in self.rollouts.values():
-                rollout.act(epsilon)
-            losses = self._learn(learning_rate)
-            if not np.isfinite(losses).all():
-                raise StillhouseError(
-                    f"a loss became {losses} after {self.env_steps} env steps; no result is written; lower learning_rate, or "
-                    "check the environments' rewards and observations"
-                )
-            metrics = {
-                "loss/td": float(losses @ self._weights.cpu().numpy()),
-                "rollout/epsilon": epsilon,
-                "rollout/episodes": float(sum(rollout.episodes for rollout in self.rollouts.values())),
-            }
-            for (name, rollout), loss in zip(self.rollouts.items(), losses, strict=True):
-                metrics[f"loss/{name}"] = float(loss)
-                if rollout.recent_returns:
-                    metrics[f"return/{name}"] = float(np.mean(rollout.recent_returns))
-            yield Report(min(self.env_steps, total), total, metrics)
-
-    def _progress(self) -> int:
-        # Copies with reset rows (autoreset NEXT_STEP) take fewer env steps a rollout: the slowest counts.
-        return min(rollout.env_steps for rollout in self.rollouts.values())
-
-    def _learn(self, learning_rate: float) -> np.ndarray:
-        """An epoch's updates for every environment together; mean losses [E]."""
-        config = self.config
-        data = {
-            name: (
-                rollout.observations.to(self.device),
-                rollout.actions.to(self.device),
-                rollout.returns().to(self.device),
-            )
-            for name, rollout in self.rollouts.items()
-        }
-        parts = [
-            minibatches(config, rollout.rows, self._shuffling[name])
-            for name, rollout in self.rollouts.items()
-        ]
-        total, updates = torch.zeros(len(data), device=self.device), 0
-        # Copies with many reset rows (autoreset NEXT_STEP) may have fewer transitions than minibatches: the fewest count.
-        for chosen in zip(*parts, strict=False):
-            losses = torch.stack(
-                [
-                    td_loss(self.network(observations[rows], name), actions[rows], targets[rows], "mse")
-                    for (name, (observations, actions, targets)), rows in zip(
-                        data.items(), (part.to(self.device) for part in chosen), strict=True
-                    )
-                ]
-            )
-            self.parameters.zero_gradient()
-            (losses @ self._weights).backward()
-            self.parameters.step(learning_rate, config.max_gradient_norm)
-            total += losses.detach()
-            updates += 1
-        means: np.ndarray = (total / updates).cpu().numpy()
-        return means
+    def metrics(self) -> dict[str, float]:
+        weights = zip(self.learners, self.balancer.weights.tolist(), strict=True)
+        return {f"weight/{name}": weight for name, weight in weights} | self.balancer.metrics()
 
     def get_state(self) -> dict[str, Any]:
-        """The whole training state, between two reports."""
-        return {
-            "parameters": self.parameters.get_state(),
-            "rollouts": {name: rollout.get_state() for name, rollout in self.rollouts.items()},
-            "shuffling": {name: generator.get_state() for name, generator in self._shuffling.items()},
-        }
+        return {"balancer": self.balancer.get_state()}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continue from ``get_state``."""
-        self.parameters.set_state(state["parameters"])
-        for name, rollout in self.rollouts.items():
-            rollout.set_state(state["rollouts"][name])
-            self._shuffling[name].set_state(torch.from_numpy(np.array(state["shuffling"][name])))
+        self.balancer.set_state(state["balancer"])

@@ -1,8 +1,9 @@
-"""The one network of this project: adapters, a shared torso, a head per environment.
+"""The one network of this project: adapters, a shared torso, which may have a memory, a head per environment.
 
 A teacher is the case of one environment. Equal observation shapes share an adapter; with ``share_planes`` all planes of
 equal sides share everything but the first convolution. With ``share_head`` there is one head, as wide as the largest
-action set, of which every environment reads its first actions; the others are masked out of it.
+action set, of which every environment reads its first actions; the others are masked out of it. With ``separate`` nothing is
+shared: every environment has a whole network of its own, and the one around them keeps them together.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple, Self, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
 from stillhouse.config import Config
+from stillhouse.errors import StillhouseError
 from stillhouse.networks.adapters import (
     ConvolutionalAdapter,
     ImageConvolutions,
@@ -27,6 +29,7 @@ from stillhouse.networks.adapters import (
     height_width_channels,
     make_adapter,
 )
+from stillhouse.networks.recurrent import Memory
 from stillhouse.types import EnvironmentSpec, OutputKind
 
 # The key of the head that all environments share.
@@ -48,6 +51,18 @@ class NetworkSize(Config):
     )
     torso: tuple[int, ...] = Field(default=(), max_length=16, description="widths of the shared dense layers")
     layer_norm: bool = Field(default=False, description="normalise after every layer but the heads")
+    recurrent: Literal["none", "gru", "lstm"] = Field(
+        default="none", description="a memory after the torso, as wide as its output; learnt by impala"
+    )
+    separate: bool = Field(
+        default=False, description="a network of its own for every environment: they share nothing"
+    )
+
+    @model_validator(mode="after")
+    def _separate_shares_nothing(self) -> Self:
+        if self.separate and (self.share_planes or self.share_head):
+            raise ValueError("separate networks share nothing: share_planes and share_head must be false")
+        return self
 
 
 class NetworkSpec(Config):
@@ -96,7 +111,14 @@ class MultiTaskNetwork(nn.Module):
         self.adapters = nn.ModuleDict()
         self.bodies = nn.ModuleDict()
         self.heads = nn.ModuleDict()
+        self.networks = nn.ModuleDict()
         self._routes: dict[str, _Route] = {}
+        if size.separate:
+            alone = size.model_copy(update={"separate": False})
+            for name, environment in spec.environments.items():
+                own = NetworkSpec(size=alone, environments={name: environment}, output=spec.output)
+                self.networks[name] = MultiTaskNetwork(own)
+            return
         widths = (size.conv_channels, size.features, size.layer_norm)
         for name, environment in spec.environments.items():
             observation = environment.observation
@@ -114,6 +136,7 @@ class MultiTaskNetwork(nn.Module):
                 if observation.key not in self.adapters:
                     self.adapters[observation.key] = make_adapter(observation, *widths)
         self.torso = Torso(size.features, size.torso, size.layer_norm)
+        self.memory = None if size.recurrent == "none" else Memory(size.recurrent, self.torso.outputs)
         widest = max(environment.actions for environment in spec.environments.values())
         for name, environment in spec.environments.items():
             if (key := self._routes[name].head) not in self.heads:
@@ -121,18 +144,38 @@ class MultiTaskNetwork(nn.Module):
                     self.torso.outputs, widest if size.share_head else environment.actions
                 )
 
+    def of(self, environment: str) -> MultiTaskNetwork:
+        """The network on an environment's way: with ``separate`` its own, else this one."""
+        return cast(MultiTaskNetwork, self.networks[environment]) if self.spec.size.separate else self
+
     @property
     def feature_count(self) -> int:
         """Width of what :meth:`features` gives."""
+        if self.spec.size.separate:
+            return self.of(next(iter(self.spec.environments))).feature_count
         return self.torso.outputs
 
+    def initial_state(self, batch: int) -> Tensor:
+        """What the memory holds before anything was seen, [B, state width]; of width 0 without a memory."""
+        memory = self.of(next(iter(self.spec.environments))).memory
+        return next(self.parameters()).new_zeros(batch, memory.state_width if memory else 0)
+
     def layers(self, environment: str) -> list[Callable[[Tensor], Tensor]]:
-        """The way to the features, layer by layer: the first takes raw observations, each gives [B, n]."""
+        """The way to the features, layer by layer: the first takes raw observations, each gives [B, n].
+
+        Raises:
+            StillhouseError: the network has a memory.
+        """
+        self.check_memoryless(environment)
+        if self.spec.size.separate:
+            return self.of(environment).layers(environment)
         torso = [partial(self.torso.layer, index) for index in range(len(self.torso.dense))]
         return [*self._way_in(environment).values(), *torso]
 
     def layer_forms(self, environment: str) -> list[tuple[int, int]]:
         """Of each layer, the maps and the positions of each; a dense layer's units are maps of one position."""
+        if self.spec.size.separate:
+            return self.of(environment).layer_forms(environment)
         forms = [
             (part.maps, part.outputs // part.maps)
             for part in self._way_in(environment).values()
@@ -142,8 +185,12 @@ class MultiTaskNetwork(nn.Module):
 
     def layer_names(self, environment: str) -> list[list[str]]:
         """The parameters on an environment's way, layer by layer from the observations to the head."""
+        if self.spec.size.separate:
+            own = self.of(environment).layer_names(environment)
+            return [[f"networks.{environment}.{name}" for name in layer] for layer in own]
         groups: list[tuple[str, ...]] = [(f"{prefix}.",) for prefix in self._way_in(environment)]
         groups += [(f"torso.dense.{i}.", f"torso.norm.{i}.") for i in range(len(self.torso.dense))]
+        groups += [("memory.",)] if self.memory else []
         groups.append((f"heads.{self._routes[environment].head}.",))
         names = [name for name, _ in self.named_parameters()]
         return [[name for name in names if name.startswith(group)] for group in groups]
@@ -158,7 +205,9 @@ class MultiTaskNetwork(nn.Module):
         return {name: adapter} | ({f"bodies.{route.body}": self.bodies[route.body]} if route.body else {})
 
     def features(self, observations: Tensor, environment: str) -> Tensor:
-        """The torso's output, [B, last width], for raw observations [B, ...]."""
+        """The torso's output, before any memory, [B, last width], for raw observations [B, ...]."""
+        if self.spec.size.separate:
+            return self.of(environment).features(observations, environment)
         route = self._routes[environment]
         adapted = self.adapters[route.adapter](observations)
         if route.body:
@@ -168,19 +217,56 @@ class MultiTaskNetwork(nn.Module):
 
     def head(self, features: Tensor, environment: str) -> Tensor:
         """The outputs [B, A] for the torso's features [B, last width]."""
+        if self.spec.size.separate:
+            return self.of(environment).head(features, environment)
         outputs: Tensor = self.heads[self._routes[environment].head](features)
         if self.spec.size.share_head:
             outputs = outputs[:, : self.spec.environments[environment].actions]
         return outputs
 
+    def unroll(
+        self, observations: Tensor, environment: str, state: Tensor, starts: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The features of whole sequences, for :meth:`head`; one step of acting is a sequence of length 1.
+
+        Args:
+            observations: raw, [T, B, ...].
+            environment: whose they are.
+            state: of the memory before them, [B, state width]: :meth:`initial_state`, or what an earlier call gave.
+            starts: bool [T, B], rows that begin an episode, and so with the initial state.
+
+        Returns:
+            Features [T, B, last width] and states [T, B, state width]; see :class:`Memory` for which of these to go on from. Without a
+            memory the features are those of :meth:`features`, and states are of width 0.
+        """
+        features = self.features(observations.flatten(0, 1), environment).unflatten(0, starts.shape)
+        memory = self.of(environment).memory
+        if memory is None:
+            return features, state.expand(len(starts), *state.shape)
+        found: tuple[Tensor, Tensor] = memory(features, state, starts)
+        return found
+
     def forward(self, observations: Tensor, environment: str) -> Tensor:
-        """Q-values or logits (``spec.output``), float32 [B, A], for raw observations [B, ...]."""
+        """Q-values or logits (``spec.output``), float32 [B, A], for raw observations [B, ...].
+
+        Raises:
+            StillhouseError: the network has a memory.
+        """
+        self.check_memoryless(environment)
         return self.head(self.features(observations, environment), environment)
+
+    def check_memoryless(self, environment: str) -> None:
+        """Raises StillhouseError where the outputs for an environment are no function of one observation."""
+        if self.spec.size.recurrent != "none":
+            raise StillhouseError(
+                f"{environment}: network.recurrent is {self.spec.size.recurrent}, and a network with a memory is no function of one "
+                "observation, as is needed here; set recurrent to none (impala, evaluation, datasets and videos take either)"
+            )
 
 
 def scale_head(network: MultiTaskNetwork, environment: str, factor: float) -> None:
     """Multiply the outputs for ``environment`` by ``factor``, in its head's weights; a shared head's are everyone's."""
-    head = network.heads[SHARED_HEAD if network.spec.size.share_head else environment]
+    head = network.of(environment).heads[SHARED_HEAD if network.spec.size.share_head else environment]
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.mul_(factor)

@@ -55,11 +55,24 @@ class Source:
         network: it.
         environment: whose adapter and head become the target's; "": neither, the torso alone is taken, and an adapter that the target's
             observations share.
+
+    Raises:
+        StillhouseError: its environments' networks are separate, and none of them was named.
     """
 
     name: str
     network: MultiTaskNetwork
     environment: str
+
+    def __post_init__(self) -> None:
+        if not self.network.spec.size.separate:
+            return
+        if not self.environment:
+            raise StillhouseError(
+                f"{self.name}: its environments have separate networks and no common torso, so one of them is needed: "
+                f"{self.name}.{next(iter(self.network.spec.environments))}, for example"
+            )
+        object.__setattr__(self, "network", self.network.of(self.environment))
 
     @property
     def spec(self) -> EnvironmentSpec:

@@ -50,11 +50,14 @@ def sensitivities(
         seed: of states, episodes and noise.
 
     Returns:
-        ``fisher`` and ``perturbation``, shares [layers][columns], the new column last; ``noise``, the sigmas [layers][columns].
+        ``fisher`` and ``perturbation``, shares [layers][columns], the new column last; ``noise``, the sigmas [layers][columns]. The
+        latter two are empty where the policy is no better than random play: noise has nothing to cost it.
     """
     observations = _states(network, name, environment, seed)
     spreads, fisher = _fisher(network, name, observations)
     random = _mean(network_policy(network, name), environment, episodes, seed, epsilon=1.0)
+    if _mean(network_policy(network, name), environment, episodes, seed) <= random:
+        return {"fisher": shares(fisher).tolist(), "perturbation": [], "noise": []}
     noise = np.zeros_like(fisher)
     for layer, column in np.ndindex(*fisher.shape):
         spread = spreads[column, layer]

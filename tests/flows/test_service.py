@@ -132,7 +132,10 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 def test_what_runs_is_told_and_a_second_service_is_refused(service: Service) -> None:
     said = stillhouse(service.clone, "status")
-    assert f"up since 20{time.strftime('%y')}" in said and "deployment distillation\n" in said
+    assert (
+        f"up since 20{time.strftime('%y')}" in said
+        and "deployment distillation\ndeployment multi_task\n" in said
+    )
     until(lambda: f"worker {socket.gethostname()}" in stillhouse(service.clone, "status"), 30)
     said = stillhouse(service.clone, "up", code=2)
     assert said == f"error: the service is up already, at {service.ui}; `stillhouse down` stops it\n"

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from toy_pipeline import toy_plan, toy_stage
 
-from flows.distillation import run_id
 from flows.prune import Kept, prune
+from flows.run import run_id
 from flows.workspace import RunError, cache_in_use, hold, in_checkout, make_worktree, own_worktree, worktrees
 from stillhouse.errors import StillhouseError
 from tasks.recorded import KEPT_LOCK

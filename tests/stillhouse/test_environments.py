@@ -31,8 +31,24 @@ def test_unknown_id_names_near_ones() -> None:
 def test_unsupported_spaces_are_named_with_what_is_supported() -> None:
     continuous = refusal(EnvironmentConfig(id="Pendulum-v1"))
     assert "Box(-2.0, 2.0, (1,), float32)" in continuous and "Discrete" in continuous
-    with pytest.raises(StillhouseError, match=r"Tuple.*supported are Box"):
-        environment_spec(spaces.Tuple([spaces.Discrete(2)]), spaces.Discrete(2), "cards")
+    for space, adapter in (
+        (spaces.Tuple([spaces.Discrete(2)]), "FlattenObservation"),
+        (spaces.MultiBinary(3), "FlattenObservation"),
+        (spaces.Box(0, 255, (8, 9), np.uint8), r"ReshapeObservation\(env, \(8, 9, 1\)\)"),
+        (
+            spaces.Box(0, 255, (8, 9, 3), np.float32),
+            "DtypeObservation, else a vector with FlattenObservation",
+        ),
+        (spaces.Box(0, 1, (2, 2, 2), np.bool_), "FlattenObservation"),
+        (spaces.Box(0, 1, (2, 9), np.float32), "FlattenObservation"),
+        (spaces.Discrete(3, start=1), "subtract its start"),
+        (spaces.Sequence(spaces.Discrete(2)), "of one fixed size"),
+    ):
+        with pytest.raises(
+            StillhouseError, match=rf"^cards: .* there are adapters for .*{adapter}"
+        ) as caught:
+            environment_spec(space, spaces.Discrete(2), "cards")
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -319,3 +319,32 @@ def test_scaling_a_head_scales_its_outputs_and_no_others() -> None:
     scale_head(network, "a", 10.0)
     torch.testing.assert_close(network(observations, "a"), before["a"] * 10)
     torch.testing.assert_close(network(observations, "b"), before["b"])
+
+
+def test_separate_networks_share_nothing_and_are_one_by_one_the_single_ones() -> None:
+    size = NetworkSize(conv_channels=4, features=8, torso=(6,), separate=True)
+    environments = {
+        name: EnvironmentSpec(observation=observation, actions=3)
+        for name, observation in (("a", OBSERVATIONS[0]), ("b", OBSERVATIONS[0]), ("c", OBSERVATIONS[2]))
+    }
+    network = build_network(NetworkSpec(size=size, environments=environments, output="q_values"), 0)
+    ways = [{key for layer in network.layer_names(name) for key in layer} for name in environments]
+    assert set.union(*ways) == {name for name, _ in network.named_parameters()}
+    assert sum(map(len, ways)) == len(set.union(*ways))  # no parameter on two ways
+    for name, spec in environments.items():
+        alone = network.of(name)
+        assert alone.spec.environments == {name: spec} and not alone.spec.size.separate
+        assert alone.of(name) is alone
+        seen = observe(spec.observation)
+        assert torch.equal(network(seen, name), alone(seen, name))
+        assert torch.equal(network.features(seen, name), alone.features(seen, name))
+        assert network.feature_count == alone.feature_count == 6
+        assert network.layer_forms(name) == alone.layer_forms(name)
+        found = seen
+        for layer in network.layers(name):
+            found = layer(found)
+        assert torch.equal(found, network.features(seen, name))
+    before = network(observe(OBSERVATIONS[0]), "a"), network(observe(OBSERVATIONS[0]), "b")
+    scale_head(network, "b", 2.0)
+    assert torch.equal(network(observe(OBSERVATIONS[0]), "a"), before[0])
+    assert torch.equal(network(observe(OBSERVATIONS[0]), "b"), 2 * before[1])

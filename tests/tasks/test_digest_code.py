@@ -127,6 +127,10 @@ def test_this_projects_own_closures():
     acting = closure(graph, roots_of(kind_of("distill_student", "on_policy")))
     assert "stillhouse.distillation.on_policy" in acting - student
     assert "stillhouse.envs.make" in acting - student
+    # A joint network depends on its own method and algorithm.
+    joint = closure(graph, roots_of(kind_of("train_multi_task", "soft_sharing", "ppo")))
+    assert {"stillhouse.multi_task.soft_sharing", "stillhouse.agents.ppo"} <= joint
+    assert not {"stillhouse.multi_task.hard_sharing", "stillhouse.agents.pqn", "tasks.train_teacher"} & joint
     # What only a type checker imports does not count.
     report = closure(graph, roots_of("report"))
     assert "stillhouse.envs.minatar" not in report

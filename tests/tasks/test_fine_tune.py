@@ -337,6 +337,14 @@ def test_what_is_rehearsed_is_what_the_source_gives(algorithm: str, logits: bool
     assert all((tau == 1) == logits for tau in rehearsal._temperatures.values())
 
 
+def test_rehearsal_needs_what_the_source_acts_with() -> None:
+    teachers()
+    with pytest.raises(
+        StillhouseError, match=r"fine_tune.longer.take: leaves out torso.dense.0.bias, without"
+    ):
+        prepared("rehearsal", {"learner": LEARNERS["pqn"], "take": ["adapters.*", "heads.*"]}, "q_values")
+
+
 def test_rehearsal_needs_a_way_that_is_left() -> None:
     student("logits", environments=("cartpole",))
     block = {"learner": LEARNERS["ppo"], "components": {"0": "0"}}

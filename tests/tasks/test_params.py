@@ -66,7 +66,7 @@ def test_the_budget_scales_every_budget():
         assert half.fine_tune[name].learner.env_steps == transfer.learner.env_steps // 2
 
 
-@pytest.mark.parametrize("algorithm", ["pqn", "ppo"])
+@pytest.mark.parametrize("algorithm", ["pqn", "ppo", "impala"])
 def test_another_algorithm_brings_its_own_defaults(algorithm):
     params = load_suite("quickstart", [f"train_teacher.cartpole.algorithm={algorithm}"])
     assert params.train_teacher["cartpole"].algorithm == algorithm
@@ -186,6 +186,26 @@ def refusal(overrides: list[str]) -> str:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
+        (
+            ["train_teacher.cartpole.network.recurrent=gru"],
+            ["cartpole.network.recurrent", "dqn takes none", "gru", "impala"],
+        ),
+        (["distill_student.small.size.recurrent=lstm"], ["small.size.recurrent", "distillation takes none"]),
+        (
+            ["train_teacher.cartpole.algorithm=impala", "train_teacher.cartpole.network.recurrent=gru"],
+            ["distill_student.acting.method", "teacher of cartpole has a memory", "offline is allowed"],
+        ),
+        (
+            [
+                "train_teacher.cartpole.algorithm=impala",
+                "train_teacher.cartpole.network.recurrent=gru",
+                "distill_student.acting.method=offline",
+                "distill_student.following.method=offline",
+                f"{TRANSFER}.sources=[cartpole]",
+            ],
+            [f"{TRANSFER}.sources", "teacher of cartpole has a memory", "sources without one"],
+        ),
+        ([f"{TRANSFER}.learner.algorithm=impala"], ["learner", "'impala'", "'dqn', 'pqn', 'ppo'"]),
         ([f"{TRANSFER}.modes=[kickstart]"], [f"{TRANSFER}.modes: kickstart", "ppo", "pqn was given"]),
         (
             [f"{TRANSFER}.modes=[progressive_3]"],

@@ -117,14 +117,41 @@ def test_an_online_student_reads_what_makes_its_teachers(project):
 
 def test_a_joint_network_is_judged_beside_the_students(project):
     suite = Path("params/suites/quickstart.yaml")
-    suite.write_text(suite.read_text() + "train_multi_task:\n  all: {environments: [cartpole, acrobot]}\n")
+    block = "{environments: [cartpole, acrobot], learner: {algorithm: ppo}}"
+    suite.write_text(suite.read_text() + f"train_multi_task:\n  all: {block}\n")
     stages = by_name(make_plan("quickstart", []))
-    assert stages["train_multi_task-all-s1"].deps == ["data/code/train_multi_task.json"]
+    stage = stages["train_multi_task-all-s1"]
+    assert stage.deps == ["data/code/train_multi_task-hard_sharing-ppo.json"]
+    assert stage.params == ["train_multi_task.all", "environments.acrobot", "environments.cartpole"]
     for name, expected in (("acrobot", True), ("cartpole", True), ("breakout", False)):
         assert ("data/multi_task/all-s0" in stages[f"evaluate-{name}-s0"].deps) == expected
     assert "data/multi_task/all-s0.json" in stages["report"].deps
     with pytest.raises(StillhouseError, match="train_multi_task.all.reward_scales names 'breakout'"):
         load_suite("quickstart", ["train_multi_task.all.reward_scales={breakout: 2}"])
+    options = ["train_multi_task.method=soft_sharing", "train_multi_task.strength=0.1"]
+    found = load_suite("quickstart", [*options, "budget=0.5"]).train_multi_task["all"]
+    assert (found.method, found.learner.algorithm, found.learner.env_steps) == (
+        "soft_sharing",
+        "ppo",
+        500_000,
+    )
+    stages = by_name(make_plan("quickstart", options))
+    assert stages["train_multi_task-all-s0"].deps == ["data/code/train_multi_task-soft_sharing-ppo.json"]
+    for change, said in (
+        (
+            "train_multi_task.balancing=uncertainty",
+            "train_multi_task.all.balancing: uncertainty needs losses",
+        ),
+        ("train_multi_task.learner.network={features: 8}", "a learner without 'network' is allowed"),
+        ("train_multi_task.method=distil", "method"),
+    ):
+        with pytest.raises(StillhouseError, match=said) as caught:
+            make_plan("quickstart", [change])
+        assert "\n" not in str(caught.value)
+    with pytest.raises(StillhouseError, match=r"one environment \(acrobot\) and nothing to balance"):
+        make_plan(
+            "quickstart", ["train_multi_task.environments=[acrobot]", "train_multi_task.balancing=pcgrad"]
+        )
 
 
 def test_committed_studies_are_inputs_of_the_published_page(project):

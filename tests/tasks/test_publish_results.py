@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from report_fixture import modules
 from ruamel.yaml import YAML
 
 from stillhouse.errors import StillhouseError
-from tasks.results_page import ONLINE_CURVE, SECTIONS, online_curve, render
+from tasks import results_page
+from tasks.results_page import ONLINE_CURVE, POLICY_DISTILLATION, SECTIONS, online_curve
 from tasks.stage import stage_entry
 from tasks.studies import FOLDER, Study, read_study
 
@@ -26,6 +28,8 @@ PROVENANCE = {
     "machine": {"processor": "A Processor", "cores": 2},
     "versions": {"torch": "2.13.0", "numpy": "2.4.6"},
 }
+
+render = partial(results_page.render, POLICY_DISTILLATION)
 
 
 def study(name: str, seeds: int, arms: dict[str, Any], **more: Any) -> Study:

@@ -25,7 +25,7 @@ from stillhouse.errors import StillhouseError
 from tasks.charts import apart, chart, number, short, ticks
 from tasks.report import comparison, gather, learning_curves
 from tasks.report_page import render
-from tasks.results import Results, metrics, summarise
+from tasks.results import Results, interference, metrics, summarise
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -297,20 +297,77 @@ def test_of_several_students_the_headline_says_that_it_shows_the_best(tmp_path: 
     assert "cartpole (tiny),tiny," in comparison(summary)
 
 
+def write_joint(root: Path, blocks: dict[str, Any], scores: dict[tuple[str, str], float]) -> None:
+    """What joint networks leave, by their normalised scores: (network, environment) -> score."""
+    for seed in blocks["seeds"]:
+        for network in blocks["train_multi_task"]:
+            stem = f"data/multi_task/{network}-s{seed}"
+            (root / stem).parent.mkdir(exist_ok=True)
+            (root / f"{stem}.csv").write_text("env_steps,mean_return\n100,1\n")
+            run = {
+                "env_steps": 2_150_000,
+                "parameters": 11_198,
+                "diverged": {"acrobot": 4096} if seed else {},
+            }
+            (root / f"{stem}.json").write_text(json.dumps(run))
+        for name in {environment for _, environment in scores}:
+            path = f"data/evaluation/{name}-s{seed}.json"
+            found = json.loads((root / path).read_text())
+            random, teacher = found["random"]["mean"], found["teacher"]["greedy"]["mean"]
+            judged = {
+                network: {"mean": random + score * (teacher - random)}
+                for (network, environment), score in scores.items()
+                if environment == name
+            }
+            both = {network: {"greedy": mean, "epsilon": mean} for network, mean in judged.items()}
+            edit(root, path, joint=both)
+
+
+def test_what_one_environment_does_to_another_is_a_table(tmp_path: Path) -> None:
+    blocks = report_fixture.write(tmp_path, 2)
+    alike = {"balancing": "uniform"}
+    blocks["train_multi_task"] = {
+        "a": {"environments": ["acrobot", "breakout"], "weights": {"acrobot": 2.0}, **alike},
+        "b": {"environments": ["breakout", "cartpole"], "weights": {}, **alike},
+        "alone": {"environments": ["acrobot", "cartpole"], "weights": {}, "balancing": "pcgrad"},
+    }
+    write_joint(
+        tmp_path,
+        blocks,
+        {
+            ("a", "acrobot"): 0.75,
+            ("a", "breakout"): 0.25,
+            ("b", "breakout"): 0.5,
+            ("b", "cartpole"): 1.0,
+            ("alone", "acrobot"): 0.1,
+            ("alone", "cartpole"): 0.1,
+        },
+    )
+    results = gather(blocks, tmp_path)
+    summary = summarise(results)
+    first, second = interference(results, summary)
+    assert (first.networks, second.networks) == (["a", "b"], ["alone"])  # alike in all but the environments
+    found = {pair: score.value for pair, score in first.scores.items() if score}
+    assert found == {
+        ("acrobot", "breakout"): pytest.approx(0.75),
+        ("breakout", "acrobot"): pytest.approx(0.25),
+        ("breakout", "cartpole"): pytest.approx(0.5),
+        ("cartpole", "breakout"): pytest.approx(1.0),
+    }
+    page = render(results, summary)
+    text = table_text(page)
+    assert "Score of with acrobot with breakout with cartpole" in text
+    assert "breakout 0.25 – 0.50" in text
+    assert text.count("Score of with") == 1  # one network of two alone is in the tables above
+    checker = Checker()
+    checker.feed(page)
+    assert checker.errors == []
+
+
 def test_a_joint_network_stands_beside_the_student(tmp_path: Path) -> None:
     blocks = report_fixture.write(tmp_path, 2)
     blocks["train_multi_task"] = {"all": {"environments": ["acrobot", "breakout", "cartpole"]}}
-    for seed in (0, 1):
-        stem = f"data/multi_task/all-s{seed}"
-        (tmp_path / stem).parent.mkdir(exist_ok=True)
-        (tmp_path / f"{stem}.csv").write_text("env_steps,mean_return\n100,1\n")
-        (tmp_path / f"{stem}.json").write_text(json.dumps({"env_steps": 2_150_000, "parameters": 11_198}))
-        for name in blocks["train_multi_task"]["all"]["environments"]:
-            path = f"data/evaluation/{name}-s{seed}.json"
-            found = json.loads((tmp_path / path).read_text())
-            random, teacher = found["random"]["mean"], found["teacher"]["greedy"]["mean"]
-            half = {"mean": (random + teacher) / 2}
-            edit(tmp_path, path, joint={"all": {"greedy": half, "epsilon": half}})
+    write_joint(tmp_path, blocks, {("all", name): 0.5 for name in ("acrobot", "breakout", "cartpole")})
     results = gather(blocks, tmp_path)
     summary = summarise(results)
     overall = summary.joint["all"].overall.geometric_mean
@@ -319,6 +376,7 @@ def test_a_joint_network_stands_beside_the_student(tmp_path: Path) -> None:
     page = render(results, summary)
     text = table_text(page)
     assert "joint all, without teachers 0.50 0.50 · 0.50" in text
+    assert "Left out, for its loss was not finite: acrobot after 4,096 env steps of its own (seed 1)." in text
     assert page.index('id="joint"') > page.index('id="student-small"')
     # 500k + 1M + 500k of training and 50k of play on each; the joint network's are its own.
     assert "Experience behind it: 2.15M env steps, the teachers’ training" in text

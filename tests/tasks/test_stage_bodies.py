@@ -113,13 +113,16 @@ def distill(interrupt: bool = False, **settings: Any) -> None:
     distill_student(context("small", deps, interrupt, **blocks))
 
 
-def join(interrupt: bool = False) -> None:
-    settings = {"env_steps": 384, "num_envs": 8, "rollout_length": 16, "minibatches": 2, "network": SIZE}
-    settings |= {
-        "reward_scales": {"acrobot": 0.1},
-        "algorithm": "pqn",
-        "environments": ["cartpole", "acrobot"],
+def join(interrupt: bool = False, algorithm: str = "pqn", **changes: Any) -> None:
+    learner = {
+        "algorithm": algorithm,
+        "env_steps": 384,
+        "num_envs": 8,
+        "rollout_length": 16,
+        "minibatches": 2,
     }
+    settings = {"environments": ["cartpole", "acrobot"], "reward_scales": {"acrobot": 0.1}, "network": SIZE}
+    settings |= {"method": "hard_sharing", "learner": learner, **changes}
     environments = {"cartpole": CARTPOLE, "acrobot": {"id": "Acrobot-v1", "max_episode_steps": 10}}
     blocks = {"train_multi_task": {"all": settings}, "environments": environments}
     train_multi_task(context("all", [], interrupt, **blocks))
@@ -132,7 +135,10 @@ LONG: dict[str, Callable[[bool], None]] = {
         interrupt, method="on_policy", updates=8, num_envs=10, warmup_steps=4, capacity=1000
     ),
     "online": lambda interrupt: distill(interrupt, method="online", updates=8, **ONLINE),
-    "joint": join,
+    "hard_sharing": lambda interrupt: join(interrupt, balancing="pcgrad"),
+    "soft_sharing": lambda interrupt: join(
+        interrupt, method="soft_sharing", network={**SIZE, "separate": True}
+    ),
 }
 
 
@@ -157,17 +163,24 @@ def test_an_interrupted_stage_ends_in_the_same_bytes(kind: str) -> None:
 
 def test_a_joint_network_is_trained_saved_and_judged() -> None:
     names = ["cartpole", "acrobot"]
-    join()
+    join(balancing="fixed", weights={"acrobot": 3.0})
     checkpoint = load_checkpoint(Path("data/multi_task/all-s0"))
     assert set(checkpoint.details["environments"]) == set(names)
     found = json.loads(Path("data/multi_task/all-s0.json").read_text())
-    assert found["env_steps"] >= 768
+    assert min(found["env_steps_each"].values()) >= 384
+    assert found["env_steps"] == sum(found["env_steps_each"].values())
     assert set(found["mean_returns"]) == set(names)
+    assert found["weights"] == {"acrobot": 0.75, "cartpole": 0.25}
+    assert (found["method"], found["algorithm"], found["diverged"]) == ("hard_sharing", "pqn", {})
     head = Path("data/multi_task/all-s0.csv").read_text().splitlines()[0]
     assert head == "env_steps,return_acrobot,return_cartpole,loss,epsilon"
     train()
     judged = judge("data/multi_task/all-s0")
     assert (set(judged["joint"]), judged["students"]) == ({"all"}, {})
+    join(algorithm="ppo", method="soft_sharing", network={**SIZE, "separate": True})
+    head = Path("data/multi_task/all-s0.csv").read_text().splitlines()[0]
+    assert head == "env_steps,return_acrobot,return_cartpole,policy_loss,value_loss,entropy,kl"
+    assert set(judge("data/multi_task/all-s0")["joint"]) == {"all"}
 
 
 def judge(network: str = "data/students/small-s0") -> dict[str, Any]:

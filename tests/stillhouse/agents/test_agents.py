@@ -1,4 +1,4 @@
-"""DQN, PQN and PPO: exact resume, determinism, refusals; and that they learn (marker ``learning``)."""
+"""DQN, PQN, PPO and IMPALA: exact resume, determinism, refusals; and that they learn (marker ``learning``)."""
 
 from __future__ import annotations
 
@@ -50,6 +50,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "critic_warmup": 0.3,
         "network": SIZE,
     },
+    "impala": {
+        "algorithm": "impala",
+        "env_steps": 2000,
+        "num_envs": 8,
+        "rollout_length": 16,
+        "epochs": 2,
+        "minibatches": 4,
+        "policy_lag": 3,
+        "popart": True,
+        "network": SIZE,
+    },
 }
 ENVIRONMENTS = {
     "cartpole": EnvironmentConfig(id="CartPole-v1"),
@@ -87,6 +98,53 @@ def test_interrupted_and_uninterrupted_end_in_the_same_bytes(
     save_state(tmp_path / "b", resumed.get_state())
     for name in ("state.safetensors", "state.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize("algorithm", SETTINGS)
+def test_driven_from_outside_it_learns_the_same(algorithm: str) -> None:
+    alone, driven = learner(algorithm, "acrobot"), learner(algorithm, "acrobot")
+    reports = list(alone.train())
+    while driven.env_steps < 2000:
+        driven.act()
+        for batch in driven.batches():
+            driven.parameters.zero_gradient()
+            driven.backward(batch)
+            driven.parameters.step(driven.learning_rate, driven.config.max_gradient_norm)  # type: ignore[attr-defined]
+    assert weights(driven) == weights(alone)
+    assert driven.metrics() == reports[-1].metrics
+
+
+@pytest.mark.parametrize("algorithm", SETTINGS)
+def test_backward_adds_to_the_gradient_and_gives_the_loss(algorithm: str) -> None:
+    agent = learner(algorithm, "acrobot")
+    while agent.env_steps < 1000:  # beyond the critic's warm-up, whose loss is its alone
+        agent.act()
+    batches = list(agent.batches())
+    agent.parameters.zero_gradient()
+    losses = [agent.backward(batches[0])]
+    once = agent.parameters.gradient.clone()
+    losses.append(agent.backward(batches[0]))
+    assert once.abs().max() > 0
+    torch.testing.assert_close(agent.parameters.gradient, 2 * once)
+    assert float(losses[0]) == float(losses[1]) and losses[0].shape == () and not losses[0].requires_grad
+    found = agent.metrics()
+    whole = found.get("loss/td")
+    if algorithm == "ppo":
+        whole = found["loss/policy"] + 0.5 * found["loss/value"] - 0.01 * found["policy/entropy"]
+    assert whole == pytest.approx(float(losses[0]), abs=1e-6)
+
+
+def test_dqn_scales_rewards_in_learning_alone() -> None:
+    plain = learner("dqn", "acrobot")
+    scaled = make_learner({**SETTINGS["dqn"], "reward_scale": 0.1}, "acrobot", ENVIRONMENTS["acrobot"], 0)
+    batches = []
+    for agent in (plain, scaled):
+        while agent.env_steps < 200:
+            agent.act()
+        batches.append(next(agent.batches()))
+    assert scaled.reward_scale == 0.1 and batches[0].returns.abs().max() > 0.9
+    torch.testing.assert_close(batches[1].returns, 0.1 * batches[0].returns)
+    assert np.array_equal(plain.replay.get_state()["rewards"], scaled.replay.get_state()["rewards"])  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("algorithm", SETTINGS)
@@ -158,7 +216,7 @@ def test_a_loss_that_is_not_finite_stops_with_a_reason(algorithm: str) -> None:
 
 
 def test_bad_settings_are_refused_before_any_work() -> None:
-    with pytest.raises(StillhouseError, match="allowed are dqn, pqn, ppo"):
+    with pytest.raises(StillhouseError, match="allowed are dqn, pqn, ppo, impala"):
         make_learner({"algorithm": "sac"}, "cartpole", ENVIRONMENTS["cartpole"], 0)
     with pytest.raises(StillhouseError, match=r"cartpole.gamma.*less than or equal to 1.*1.5"):
         make_learner({"algorithm": "dqn", "gamma": 1.5}, "cartpole", ENVIRONMENTS["cartpole"], 0)

@@ -83,13 +83,13 @@ def test_every_transition_bootstraps_from_where_it_really_led(
         seen.append(arguments)
         return original(*arguments)
 
-    def update(minibatch: tuple[torch.Tensor, ...], learning_rate: float, guided: float) -> Any:
-        learned.append(minibatch[0])
-        return original_update(minibatch, learning_rate, guided)
+    def backward(batch: ppo.Batch) -> torch.Tensor:
+        learned.append(batch[0])
+        return original_backward(batch)
 
-    original, original_update = ppo.generalized_advantages, agent._update
+    original, original_backward = ppo.generalized_advantages, agent.backward
     monkeypatch.setattr(ppo, "generalized_advantages", record)
-    monkeypatch.setattr(agent, "_update", update)
+    monkeypatch.setattr(agent, "backward", backward)
     monkeypatch.setattr(agent, "_values", lambda observations: 10 * observations[:, 0])
     truncations = terminations = 0
     reports = agent.train()
@@ -119,7 +119,7 @@ def test_actions_are_samples_of_the_policy() -> None:
     with torch.no_grad():
         agent.network.heads["counter"].weight.zero_()
         agent.network.heads["counter"].bias.copy_(policy.log())
-    agent._act()
+    agent.act()
     frequencies = np.bincount(agent._rollout_actions.flatten(), minlength=3) / 10_000
     # Five standard deviations of 10,000 draws at the most.
     np.testing.assert_allclose(frequencies, policy, atol=0.025)

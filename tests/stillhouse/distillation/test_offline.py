@@ -497,6 +497,8 @@ def test_teachers_with_other_action_sets_can_share_a_head(
     assert min(best[f"agreement/{name}"] for name in datasets) > 0.8
     with pytest.raises(ValueError, match="share_head is allowed with loss kl or nll, not with mse"):
         config(size=size, loss="mse")
+    with pytest.raises(ValueError, match="a student is one network: size.separate must be false"):
+        config(size=NetworkSize(separate=True))
 
 
 @pytest.mark.parametrize("loss", ["kl", "mse"])

@@ -130,6 +130,20 @@ def test_of_a_shared_head_the_environments_own_actions_are_taken() -> None:
     assert "heads.target.weight" in report.sliced
 
 
+def test_of_separate_networks_the_named_environments_is_taken() -> None:
+    size = SIZE.model_copy(update={"separate": True})
+    source = trained("logits", size, one=vector(4, 2), two=vector(4, 2))
+    network, report, _ = taken(source, "two", vector(4, 2))
+    seen = observe(vector(4))
+    assert torch.equal(network(seen, "target"), source(seen, "two")) and report.new == []
+    assert not network.spec.size.separate and list(network.spec.environments) == ["target", "source-two"]
+    with pytest.raises(
+        StillhouseError, match=r"no common torso, so one of them is needed: student.one"
+    ) as caught:
+        Source("student", source, "")
+    assert "\n" not in str(caught.value)
+
+
 def test_without_an_environment_the_torso_and_an_adapter_of_the_same_shape_are_taken() -> None:
     source = trained(one=vector(4), grid=planes(4))
     for target, fits in ((vector(4), True), (vector(5), False), (planes(4), True), (planes(4, 7), False)):
