@@ -42,9 +42,10 @@ class _Unnamed:
 
 
 def save(name: str, result: dict[str, Any]) -> None:
-    """Write ``benchmarks/results/<name>.json``."""
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
+    """Write ``benchmarks/results/<name>.json``; a name may have a folder."""
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
 
 
 def load(name: str) -> dict[str, Any]:

@@ -44,10 +44,12 @@ class TwoRooms:
 
     def cells(self) -> np.ndarray:
         """(row, column) of every cell, int64 [C, 2]: the left room's, the right room's, then the corridor's."""
-        left = np.stack(np.indices((self.side, self.side)), axis=-1).reshape(-1, 2)
-        right = left + [0, self.side + self.corridor]
+        left = np.argwhere(np.ones((self.side, self.side)))
+        right = left + np.array([0, self.side + self.corridor])
         between = self.side + np.arange(self.corridor)
-        return np.concatenate([left, right, np.stack([np.full_like(between, self.side // 2), between], axis=1)])
+        return np.concatenate(
+            [left, right, np.stack([np.full_like(between, self.side // 2), between], axis=1)]
+        )
 
     def successors(self) -> np.ndarray:
         """The cell that each move leads to, int64 [C, 4]; the cell itself where there is a wall."""
@@ -99,8 +101,6 @@ class TwoRooms:
         return state(reached, actions, bumped), terminated + self.bump * bumped, terminated
 
 
-def state(
-    cell: np.ndarray | int, previous_action: np.ndarray | int, bumped: np.ndarray | bool
-) -> np.ndarray:
+def state(cell: np.ndarray | int, previous_action: np.ndarray | int, bumped: np.ndarray | bool) -> np.ndarray:
     """The number of a state; the previous reward is ``bump`` or 0, for the goal's ends the episode."""
     return (np.asarray(cell) * (ACTIONS + 1) + previous_action) * 2 + bumped
