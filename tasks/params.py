@@ -18,6 +18,7 @@ from stillhouse.agents.dqn import DQNConfig
 from stillhouse.agents.impala import IMPALAConfig
 from stillhouse.agents.ppo import PPOConfig
 from stillhouse.agents.pqn import PQNConfig
+from stillhouse.agents.unreal import UNREALConfig
 from stillhouse.config import Config, near, parse
 from stillhouse.datasets.collect import CollectConfig
 from stillhouse.distillation.offline import DistillationConfig
@@ -67,7 +68,9 @@ def _without_network(learner: Any) -> Any:
 
 Name = Annotated[str, AfterValidator(_slug)]
 Names = Annotated[list[Name], Field(min_length=1, max_length=1000)]
-TeacherConfig = Annotated[DQNConfig | PQNConfig | PPOConfig | IMPALAConfig, Field(discriminator="algorithm")]
+TeacherConfig = Annotated[
+    DQNConfig | PQNConfig | PPOConfig | IMPALAConfig | UNREALConfig, Field(discriminator="algorithm")
+]
 # An algorithm for a network that is given.
 _NOT_ITS_OWN = BeforeValidator(_without_network)
 _NOT_SHOWN = PlainSerializer(lambda learner: learner.model_dump(mode="json", exclude={"network"}))
@@ -332,8 +335,8 @@ class Params(Config):
 
 def _check_memory(where: str, size: NetworkSize, algorithm: str) -> bool:
     """Whether the network has a memory; raises ValueError where the algorithm learns none."""
-    if size.recurrent != "none" and algorithm != "impala":
-        raise ValueError(f"{where}: {algorithm} takes none; {size.recurrent} is learnt by impala")
+    if size.recurrent != "none" and algorithm not in ("impala", "unreal"):
+        raise ValueError(f"{where}: {algorithm} takes none; {size.recurrent} is learnt by impala and unreal")
     return size.recurrent != "none"
 
 

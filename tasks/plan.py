@@ -49,7 +49,7 @@ _STUDENT = ("environments", "method", "size", "parameter_fraction", "loss")
 _TEACHER = ("algorithm", "network", "critic", "gamma", "n_step", "reward_scale")
 
 # Env steps (or updates) per second on one core, only to start what takes longest first.
-SPEEDS = {"dqn": 2_500.0, "pqn": 20_000.0, "ppo": 15_000.0, "impala": 25_000.0}
+SPEEDS = {"dqn": 2_500.0, "pqn": 20_000.0, "ppo": 15_000.0, "impala": 25_000.0, "unreal": 10_000.0}
 COSTS = {"progressive_2": 2.0, "progressive_random": 2.0, "progressive_3": 3.0, "rehearsal": 1.5}
 
 # Ways of transfer that train what they take, head and all, and fit a head where the source's gives no Q-values.
@@ -398,7 +398,9 @@ def _datasets(params: Params, transfer: TransferParams, mode: str, read: list[st
         student = params.distill_student.get(entry.partition(".")[0])
         head = _of_head(params, entry)
         logits = (
-            student.loss != "mse" if student else params.train_teacher[head].algorithm in ("impala", "ppo")
+            student.loss != "mse"
+            if student
+            else params.train_teacher[head].algorithm in ("impala", "ppo", "unreal")
         )
         if mode == "rehearsal":
             wanted |= set(_environments(params, entry))

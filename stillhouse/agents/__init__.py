@@ -24,8 +24,15 @@ ALGORITHMS = {
     "pqn": ("PQN", "PQNConfig"),
     "ppo": ("PPO", "PPOConfig"),
     "impala": ("IMPALA", "IMPALAConfig"),
+    "unreal": ("UNREAL", "UNREALConfig"),
 }
-OUTPUTS: dict[str, OutputKind] = {"dqn": "q_values", "pqn": "q_values", "ppo": "logits", "impala": "logits"}
+OUTPUTS: dict[str, OutputKind] = {
+    "dqn": "q_values",
+    "pqn": "q_values",
+    "ppo": "logits",
+    "impala": "logits",
+    "unreal": "logits",
+}
 
 _FRESH_LOGITS = 0.01  # factor on a fresh policy head's weights: learning starts from a nearly uniform policy
 

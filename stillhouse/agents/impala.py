@@ -44,7 +44,7 @@ from torch import Tensor, nn
 
 from stillhouse import seeding
 from stillhouse.config import Config
-from stillhouse.envs.vector import VectorEnvironment
+from stillhouse.envs.vector import Step, VectorEnvironment
 from stillhouse.errors import StillhouseError
 from stillhouse.losses.policy_gradient import actor_critic_loss
 from stillhouse.networks.multi_task import MultiTaskNetwork, NetworkSize
@@ -203,7 +203,7 @@ class IMPALA:
     """The learner: construct, then iterate :meth:`train`; or drive it from outside by :meth:`act`, :meth:`batches` and
     :meth:`backward`.
 
-    What builds on it overrides :meth:`_logits`, :meth:`_rewards` or :meth:`_loss`.
+    What builds on it overrides :meth:`_stepped`, :meth:`_logits`, :meth:`_rewards` or :meth:`_loss`.
 
     Args:
         config: settings.
@@ -280,10 +280,10 @@ class IMPALA:
                 self.backward(batch)
                 self.parameters.step(self.learning_rate, config.max_gradient_norm)
             metrics = self.metrics()
-            loss = metrics["loss/policy"] + metrics["loss/value"]
+            loss = sum(value for name, value in metrics.items() if name.startswith("loss/"))
             if not np.isfinite(loss):
                 raise StillhouseError(
-                    f"IMPALA's loss became {loss} after {self.env_steps} env steps; no result is written; lower "
+                    f"{type(self).__name__}'s loss became {loss} after {self.env_steps} env steps; no result is written; lower "
                     "learning_rate, or check the environment's rewards and observations"
                 )
             yield Report(min(self.env_steps, config.env_steps), config.env_steps, metrics)
@@ -334,6 +334,7 @@ class IMPALA:
             logits = self._step(observations)
             actions = (logits + noise[t]).argmax(axis=1)
             step = self.envs.step(actions)
+            self._stepped(observations, actions, step)
             rollout.observations[t] = observations
             rollout.logits[t] = logits
             rollout.actions[t] = actions
@@ -359,6 +360,9 @@ class IMPALA:
         rollout.successors = np.concatenate(successors)
         self._observations = observations
         self.env_steps += int(rollout.valid.sum())
+
+    def _stepped(self, observations: np.ndarray, actions: np.ndarray, step: Step) -> None:
+        """After each step of the copies: what was acted on [B, ...], the actions [B], and what came of them."""
 
     def batches(self) -> Iterator[Sequences]:
         """The rollout in shuffled parts, ``epochs`` times ``minibatches`` of them."""

@@ -1,6 +1,6 @@
 """What an environment's observation components and actions are called, for tables and pictures.
 
-An environment may say so itself, in ``metadata["observation_names"]`` and ``metadata["action_names"]`` (ours of MinAtar
+An environment may say so itself, in ``metadata["observation_names"]`` and ``metadata["action_names"]`` (MinAtar and the mazes
 do); some of Gymnasium's are known here, under our ids too.
 """
 

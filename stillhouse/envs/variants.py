@@ -1,4 +1,4 @@
-"""Registered environments of ours: MinAtar, and classic control with other physics.
+"""Registered environments of ours: MinAtar, sparse mazes, and classic control with other physics.
 
 ``stillhouse/CartPole-v1`` and ``stillhouse/Acrobot-v1`` are Gymnasium's CartPole-v1 and Acrobot-v1 (same rewards, same
 time limit) whose physical constants are options; with the default options they are the same environments.
@@ -103,6 +103,18 @@ def _minatar_vector(**options: Any) -> gymnasium.vector.VectorEnv[Any, Any, Any]
     return MinAtarVectorEnv(**options)
 
 
+def _maze(**options: Any) -> gymnasium.Env[Any, Any]:
+    from stillhouse.envs.mazes import MazeEnv
+
+    return MazeEnv(**options)
+
+
+def _maze_vector(**options: Any) -> gymnasium.vector.VectorEnv[Any, Any, Any]:
+    from stillhouse.envs.mazes import MazeVectorEnv
+
+    return MazeVectorEnv(**options)
+
+
 def register() -> None:
     """Register our ids with Gymnasium, once."""
     if "stillhouse/CartPole-v1" in gymnasium.registry:
@@ -120,6 +132,9 @@ def register() -> None:
         entry_point=f"{here}:AcrobotPhysicsEnv",
         max_episode_steps=500,
         reward_threshold=-100.0,
+    )
+    gymnasium.register(
+        "stillhouse/Maze-v0", entry_point=_maze, vector_entry_point=_maze_vector, max_episode_steps=200
     )
     for game in MINATAR_GAMES:
         title = game.title().replace("_", "")

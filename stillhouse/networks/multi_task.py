@@ -52,7 +52,8 @@ class NetworkSize(Config):
     torso: tuple[int, ...] = Field(default=(), max_length=16, description="widths of the shared dense layers")
     layer_norm: bool = Field(default=False, description="normalise after every layer but the heads")
     recurrent: Literal["none", "gru", "lstm"] = Field(
-        default="none", description="a memory after the torso, as wide as its output; learnt by impala"
+        default="none",
+        description="a memory after the torso, as wide as its output; learnt by impala and unreal",
     )
     separate: bool = Field(
         default=False, description="a network of its own for every environment: they share nothing"
@@ -204,15 +205,21 @@ class MultiTaskNetwork(nn.Module):
             return {f"{name}.first": adapter.first, f"{name}.body": adapter.body}
         return {name: adapter} | ({f"bodies.{route.body}": self.bodies[route.body]} if route.body else {})
 
+    def encode(self, observations: Tensor, environment: str) -> Tensor:
+        """The adapter's output, before the torso: [B, ``size.features``], for raw observations [B, ...]."""
+        if self.spec.size.separate:
+            return self.of(environment).encode(observations, environment)
+        route = self._routes[environment]
+        adapted: Tensor = self.adapters[route.adapter](observations)
+        if route.body:
+            adapted = self.bodies[route.body](adapted)
+        return adapted
+
     def features(self, observations: Tensor, environment: str) -> Tensor:
         """The torso's output, before any memory, [B, last width], for raw observations [B, ...]."""
         if self.spec.size.separate:
             return self.of(environment).features(observations, environment)
-        route = self._routes[environment]
-        adapted = self.adapters[route.adapter](observations)
-        if route.body:
-            adapted = self.bodies[route.body](adapted)
-        features: Tensor = self.torso(adapted)
+        features: Tensor = self.torso(self.encode(observations, environment))
         return features
 
     def head(self, features: Tensor, environment: str) -> Tensor:
@@ -260,7 +267,7 @@ class MultiTaskNetwork(nn.Module):
         if self.spec.size.recurrent != "none":
             raise StillhouseError(
                 f"{environment}: network.recurrent is {self.spec.size.recurrent}, and a network with a memory is no function of one "
-                "observation, as is needed here; set recurrent to none (impala, evaluation, datasets and videos take either)"
+                "observation, as is needed here; set recurrent to none (impala, unreal, evaluation, datasets and videos take either)"
             )
 
 

@@ -66,7 +66,7 @@ def test_the_budget_scales_every_budget():
         assert half.fine_tune[name].learner.env_steps == transfer.learner.env_steps // 2
 
 
-@pytest.mark.parametrize("algorithm", ["pqn", "ppo", "impala"])
+@pytest.mark.parametrize("algorithm", ["pqn", "ppo", "impala", "unreal"])
 def test_another_algorithm_brings_its_own_defaults(algorithm):
     params = load_suite("quickstart", [f"train_teacher.cartpole.algorithm={algorithm}"])
     assert params.train_teacher["cartpole"].algorithm == algorithm

@@ -1,4 +1,4 @@
-"""DQN, PQN, PPO and IMPALA: exact resume, determinism, refusals; and that they learn (marker ``learning``)."""
+"""DQN, PQN, PPO, IMPALA and UNREAL: exact resume, determinism, refusals; and that they learn (marker ``learning``)."""
 
 from __future__ import annotations
 
@@ -59,6 +59,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "minibatches": 4,
         "policy_lag": 3,
         "popart": True,
+        "network": SIZE,
+    },
+    "unreal": {
+        "algorithm": "unreal",
+        "env_steps": 2000,
+        "num_envs": 8,
+        "rollout_length": 16,
+        "minibatches": 4,
+        "pixel_control_weight": 0.0,  # vectors have no pixels
+        "replay_steps": 50,
         "network": SIZE,
     },
 }
@@ -218,7 +228,7 @@ def test_a_loss_that_is_not_finite_stops_with_a_reason(algorithm: str) -> None:
 
 
 def test_bad_settings_are_refused_before_any_work() -> None:
-    with pytest.raises(StillhouseError, match="allowed are dqn, pqn, ppo, impala"):
+    with pytest.raises(StillhouseError, match="allowed are dqn, pqn, ppo, impala, unreal"):
         make_learner({"algorithm": "sac"}, "cartpole", ENVIRONMENTS["cartpole"], 0)
     with pytest.raises(StillhouseError, match=r"cartpole.gamma.*less than or equal to 1.*1.5"):
         make_learner({"algorithm": "dqn", "gamma": 1.5}, "cartpole", ENVIRONMENTS["cartpole"], 0)
