@@ -253,8 +253,6 @@ def parse_learner(settings: Mapping[str, Any], size: NetworkSize, where: str = "
             f"{where}.network: a learner without 'network' is allowed: the network is the joint one"
         )
     module = importlib.import_module(f"stillhouse.agents.{algorithm}")
-    if not hasattr(module, "build_parameters"):
-        raise StillhouseError(f"{where}.algorithm: {algorithm} trains a network of its own, not a joint one")
     return parse(getattr(module, ALGORITHMS[algorithm][1]), {**settings, "network": size}, where)
 
 

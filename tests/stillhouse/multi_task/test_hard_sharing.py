@@ -275,7 +275,7 @@ def test_refused_in_one_line() -> None:
         ({"learner": {"network": {}}}, "learner.network: a learner without 'network' is allowed"),
         (
             {"learner": {"algorithm": "sarsa"}},
-            "learner.algorithm: 'sarsa' was given; allowed are dqn, pqn, ppo, impala",
+            "learner.algorithm: 'sarsa' was given; allowed are dqn, pqn",
         ),
         ({"learner": {"gama": 0.9}}, r"learner.gama: unknown parameter \(did you mean 'gamma'"),
     ):
