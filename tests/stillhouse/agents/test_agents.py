@@ -275,7 +275,7 @@ def test_learns_to_name_what_is_shown(algorithm: str) -> None:
 
     environment = EnvironmentConfig(id="stillhouse-tests/Signal-v0")
     trained, untrained = [], []
-    settings = {**SETTINGS[algorithm], "learning_rate": 5e-3, "env_steps": 6000, "gamma": 0.0}
+    settings = {**SETTINGS[algorithm], "learning_rate": 5e-3, "env_steps": 10_000, "gamma": 0.0}
     for seed in range(5):
         agent = make_learner(settings, "signal", environment, seed)
         untrained.append(evaluate(agent.outputs, environment, 50, seed).returns.mean())
