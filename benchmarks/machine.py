@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -42,9 +43,12 @@ class _Unnamed:
 
 
 def save(name: str, result: dict[str, Any]) -> None:
-    """Write ``benchmarks/results/<name>.json``."""
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
+    """Write ``benchmarks/results/<name>.json``, lists of numbers on one line each; a name may have a folder."""
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(result, indent=1, sort_keys=True)
+    text = re.sub(r"\[[-+.,\deE\s]*\]", lambda found: " ".join(found[0].split()), text)
+    path.write_text(text.replace("[ ", "[").replace(" ]", "]") + "\n")
 
 
 def load(name: str) -> dict[str, Any]:

@@ -42,7 +42,7 @@ SETTINGS: dict[str, Any] = {
     "learning_rate": 3e-3,
     "learning_rate_decay": False,
 }
-WEIGHTS = {"pixel_control": 0.05, "reward_prediction": 1.0, "value_replay": 1.0}
+WEIGHTS = {"pixel_control": 0.01, "reward_prediction": 1.0, "value_replay": 1.0}
 ARMS: dict[str, tuple[str, ...]] = {"plain": (), **{task: (task,) for task in WEIGHTS}, "all": tuple(WEIGHTS)}
 
 

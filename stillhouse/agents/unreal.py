@@ -63,7 +63,7 @@ class UNREALConfig(IMPALAConfig):
 
     algorithm: Literal["unreal"] = "unreal"  # type: ignore[assignment] # IMPALA's settings under another name
     pixel_control_weight: float = Field(
-        default=0.05, ge=0, le=1000, description="lambda_PC, of the sum over cells; 0: no pixel control"
+        default=0.01, ge=0, le=1000, description="lambda_PC, of the sum over cells; 0: no pixel control"
     )
     reward_prediction_weight: float = Field(
         default=1.0, ge=0, le=1000, description="lambda_RP; 0: no reward prediction"
@@ -80,12 +80,10 @@ class UNREALConfig(IMPALAConfig):
     )
     replay_length: int = Field(default=16, ge=1, le=4096, description="env steps of a piece of the replay")
     replay_batch: int = Field(default=16, ge=1, le=10_000, description="pieces in an update")
-    reward_batch: int = Field(default=32, ge=1, le=10_000, description="predicted rewards in an update")
+    reward_batch: int = Field(default=64, ge=1, le=10_000, description="predicted rewards in an update")
 
     @model_validator(mode="after")
     def _pieces_fit(self) -> UNREALConfig:
-        if self.rollout_length < 2:  # where the last step of a rollout led to is not in the replay yet
-            raise ValueError("rollout_length must be at least 2, but it is 1")
         if self.rollout_length < 2:  # where the last step of a rollout led to is not in the replay yet
             raise ValueError("rollout_length must be at least 2, but it is 1")
         if self.replay_length >= self.replay_steps:
@@ -103,7 +101,7 @@ class PixelControlHead(nn.Module):
     def __init__(self, features: int, actions: int, cells: tuple[int, int]) -> None:
         super().__init__()
         self._cells = cells
-        # The deconvolution gives 2 n + 2 for n: 20 for the paper's 9. Of an odd grid the last row and column are left out.
+        # The deconvolution gives 2 n + 2 for n: 20 for the paper's 9. Of odd sides the last is left out.
         self._coarse = tuple(max(1, (side - 1) // 2) for side in cells)
         self.dense = nn.Linear(features, self._MAPS * self._coarse[0] * self._coarse[1])
         self.deconvolution = nn.ConvTranspose2d(self._MAPS, 1 + actions, 4, 2)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from stillhouse import seeding
 from stillhouse.agents import continue_training, continued_settings, make_learner
 from stillhouse.checkpoint import load_state, save_state
 from stillhouse.envs.make import EnvironmentConfig
@@ -131,8 +132,11 @@ def test_backward_adds_to_the_gradient_and_gives_the_loss(algorithm: str) -> Non
         agent.act()
     batches = list(agent.batches())
     agent.parameters.zero_gradient()
+    replaying = getattr(agent, "_replaying", seeding.generator(0))  # UNREAL draws from its replay
+    state = replaying.bit_generator.state
     losses = [agent.backward(batches[0])]
     once = agent.parameters.gradient.clone()
+    replaying.bit_generator.state = state
     losses.append(agent.backward(batches[0]))
     assert once.abs().max() > 0
     torch.testing.assert_close(agent.parameters.gradient, 2 * once)
@@ -141,8 +145,9 @@ def test_backward_adds_to_the_gradient_and_gives_the_loss(algorithm: str) -> Non
     assert losses[0].shape == () and not losses[0].requires_grad
     found = agent.metrics()
     whole = found.get("loss/td")
-    if algorithm in ("impala", "ppo"):
+    if algorithm in ("impala", "ppo", "unreal"):
         whole = found["loss/policy"] + 0.5 * found["loss/value"] - 0.01 * found["policy/entropy"]
+        whole += sum(found.get(f"loss/{task}", 0.0) for task in ("reward_prediction", "value_replay"))
     assert whole == pytest.approx(float(losses[0]), abs=1e-6)
 
 
