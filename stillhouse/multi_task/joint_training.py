@@ -164,7 +164,7 @@ class JointTraining:
             # Copies with many reset rows (autoreset NEXT_STEP) may have fewer minibatches: the fewest count.
             for batches in zip(*(self.learners[name].batches() for name in names), strict=False):
                 self._update(dict(zip(names, batches, strict=True)))
-            total = sum(self.diverged.values()) + self.budget * len(names)
+            total = sum(self.diverged.values()) + self.budget * len(self.active)
             yield Report(min(self.env_steps, total), total, self.metrics())
 
     def _update(self, batches: dict[str, Any]) -> None:
