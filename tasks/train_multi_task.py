@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
-import numpy as np
-
 from stillhouse.checkpoint import save_checkpoint
 from stillhouse.config import parse
 from stillhouse.envs.make import EnvironmentConfig
@@ -46,11 +44,8 @@ def train_multi_task(context: StageContext) -> None:
         path.with_name(f"{path.name}.json"),
         {
             "env_steps": training.env_steps,
-            "env_steps_each": {name: training.learners[name].env_steps for name in names},
-            "mean_returns": {
-                name: float(np.mean(found)) if (found := training.learners[name].recent_returns) else None
-                for name in names
-            },
+            "env_steps_each": {name: training.env_steps_of(name) for name in names},
+            "mean_returns": {name: training.mean_return(name) for name in names},
             # Of the environments' gradients at the end, where they are balanced.
             "weights": {
                 weights[key]: value for key, value in training.rule.metrics().items() if key in weights

@@ -21,10 +21,9 @@ Deviations from the papers:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
@@ -131,13 +130,8 @@ class SharedUpdate:
         self._gradients = flat.new_zeros(len(self.learners), len(flat))
         self._losses = flat.new_zeros(len(self.learners))
 
-    def begin(self) -> None:
-        self.balancer.begin(
-            [
-                float(np.mean(learner.recent_returns)) if learner.recent_returns else None
-                for learner in self.learners.values()
-            ]
-        )
+    def begin(self, returns: Sequence[float | None]) -> None:
+        self.balancer.begin(returns)
 
     def backward(self, batches: Mapping[str, Any]) -> Tensor:
         for index, name in enumerate(self.learners):

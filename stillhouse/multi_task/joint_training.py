@@ -5,15 +5,15 @@ In rounds, with ``E`` learners of one algorithm:
     every learner acts by its present policy for a rollout (DQN: until a block of updates is due)
     for one minibatch of each, as long as all have one: an update, by the rule of the method
 
-A method is such a rule (:class:`Rule`): it takes the minibatches backward, and then steps. In between, an environment whose
-loss or gradient is not finite is found before anything of it has reached a parameter, and named: either the training
-stops there, or that environment is left out from then on and the others go on (``when_diverging``).
+A method is such a rule (:class:`Rule`): it takes the minibatches backward, and then steps. An environment whose loss, gradient or
+returns are not finite is found before anything of it has reached a parameter, and named: either the training stops there, or
+that environment is left out from then on and the others go on (``when_diverging``).
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -34,6 +34,7 @@ from stillhouse.networks.multi_task import (
     build_network,
     scale_head,
 )
+from stillhouse.networks.parameters import FlatParameters
 from stillhouse.types import Learner, Report
 
 
@@ -61,8 +62,8 @@ class JointConfig(Config):
 class Rule(Protocol):
     """How a minibatch of every environment becomes an update."""
 
-    def begin(self) -> None:
-        """A round begins: every learner has acted."""
+    def begin(self, returns: Sequence[float | None]) -> None:
+        """A round begins: every learner has acted, with these mean returns so far; None before one is known."""
         ...
 
     def backward(self, batches: Mapping[str, Any]) -> Tensor:
@@ -102,6 +103,8 @@ class JointTraining:
 
     Attributes:
         diverged: environments that were left out, and after how many env steps of theirs.
+
+    An environment's learner is not asked any more once it was left out: its state may hold what is not finite.
     """
 
     def __init__(
@@ -118,13 +121,25 @@ class JointTraining:
         self.budget = env_steps
         self.when_diverging = when_diverging
         self.diverged: dict[str, int] = {}
+        self._last_returns: dict[str, float | None] = {}  # of those
         self._losses = torch.zeros(len(self.learners))  # sums over the last round's updates
         self._updates = 0
 
     @property
     def env_steps(self) -> int:
         """Taken so far, all environments together."""
-        return sum(learner.env_steps for learner in self.learners.values())
+        return sum(self.env_steps_of(name) for name in self.learners)
+
+    def env_steps_of(self, name: str) -> int:
+        """Taken so far in an environment that is learnt from."""
+        return self.diverged.get(name, self.learners[name].env_steps)
+
+    def mean_return(self, name: str) -> float | None:
+        """Over an environment's last episodes; None before one has finished."""
+        if name in self.diverged:
+            return self._last_returns[name]
+        found = self.learners[name].recent_returns
+        return float(np.mean(found)) if found else None
 
     @property
     def active(self) -> list[str]:
@@ -138,10 +153,12 @@ class JointTraining:
             StillhouseError: a loss is not finite, and training is to stop then, or no other environment is left.
         """
         while min(self.learners[name].env_steps for name in self.active) < self.budget:
-            names = self.active
-            for name in names:
+            for name in self.active:
                 self.learners[name].act()
-            self.rule.begin()
+                if not np.isfinite(found := self.mean_return(name) or 0.0):
+                    self._leave_out(name, "a return", found)
+            names = self.active
+            self.rule.begin([self.mean_return(name) for name in self.learners])
             self._losses.zero_()
             self._updates = 0
             # Copies with many reset rows (autoreset NEXT_STEP) may have fewer minibatches: the fewest count.
@@ -155,15 +172,15 @@ class JointTraining:
         if not torch.isfinite(losses).all():
             for name, loss in zip(self.learners, losses.tolist(), strict=True):
                 if not np.isfinite(loss):
-                    self._leave_out(name, loss)
+                    self._leave_out(name, "the loss or its gradient", loss)
             losses = losses.nan_to_num(0.0, 0.0, 0.0)
         self.rule.step()
         self._losses += losses.cpu()
         self._updates += 1
 
-    def _leave_out(self, name: str, loss: float) -> None:
-        found = self.learners[name].env_steps
-        reason = f"{name}: the loss or its gradient became {loss} after {found} env steps of {name}"
+    def _leave_out(self, name: str, what: str, value: float) -> None:
+        learner = self.learners[name]
+        reason = f"{name}: {what} became {value} after {learner.env_steps} env steps of {name}"
         advice = f"lower the learning rate or {name}'s reward scale, or check its rewards and observations"
         if self.when_diverging == "stop":
             raise StillhouseError(
@@ -174,7 +191,9 @@ class JointTraining:
             raise StillhouseError(
                 f"{reason}, and no other environment is left; no result is written; {advice}"
             )
-        self.diverged[name] = found
+        sound = [found for found in learner.recent_returns if np.isfinite(found)]
+        self._last_returns[name] = float(np.mean(sound)) if sound else None
+        self.diverged[name] = learner.env_steps
         self.rule.leave_out(name)
 
     def metrics(self) -> dict[str, float]:
@@ -185,13 +204,13 @@ class JointTraining:
             for key in own[0]
             if key != "rollout/return" and all(key in each for each in own)
         }
-        metrics["rollout/episodes"] = float(sum(learner.episodes for learner in self.learners.values()))
+        metrics["rollout/episodes"] = float(sum(self.learners[name].episodes for name in self.active))
         losses = (self._losses / max(1, self._updates)).tolist()
-        for (name, learner), loss in zip(self.learners.items(), losses, strict=True):
+        for name, loss in zip(self.learners, losses, strict=True):
             if name not in self.diverged:
                 metrics[f"loss/{name}"] = loss
-            if learner.recent_returns:
-                metrics[f"return/{name}"] = float(np.mean(learner.recent_returns))
+            if (found := self.mean_return(name)) is not None:
+                metrics[f"return/{name}"] = found
         return metrics | self.rule.metrics()
 
     def rescale_heads(self) -> None:
@@ -201,22 +220,36 @@ class JointTraining:
 
     def get_state(self) -> dict[str, Any]:
         """The whole training state, between two reports."""
-        learners = {name: learner.get_state() for name, learner in self.learners.items()}
-        first, *others = self.learners
-        for name in others:
-            if self.learners[name].parameters is self.learners[first].parameters:
-                del learners[name]["parameters"]
-        return {"learners": learners, "rule": self.rule.get_state(), "diverged": dict(self.diverged)}
+        learners = {name: self.learners[name].get_state() for name in self.active}
+        for state in learners.values():
+            del state["parameters"]
+        return {
+            "parameters": {name: found.get_state() for name, found in self._parameters().items()},
+            "learners": learners,
+            "rule": self.rule.get_state(),
+            "diverged": dict(self.diverged),
+            "last_returns": dict(self._last_returns),
+        }
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue from ``get_state``."""
-        parameters = state["learners"][next(iter(self.learners))]["parameters"]
-        for name, learner in self.learners.items():
-            learner.set_state({"parameters": parameters, **state["learners"][name]})
+        self.diverged, self._last_returns = dict(state["diverged"]), dict(state["last_returns"])
+        for name, parameters in self._parameters().items():
+            parameters.set_state(state["parameters"][name])
+        for name in self.active:
+            learner = self.learners[name]
+            learner.set_state({**state["learners"][name], "parameters": learner.parameters.get_state()})
         self.rule.set_state(state["rule"])
-        self.diverged = dict(state["diverged"])
         for name in self.diverged:
             self.rule.leave_out(name)
+
+    def _parameters(self) -> dict[str, FlatParameters]:
+        """The learners', each once, by the first that has them."""
+        found: dict[str, FlatParameters] = {}
+        for name, learner in self.learners.items():
+            if all(learner.parameters is not other for other in found.values()):
+                found[name] = learner.parameters
+        return found
 
 
 def check_names(where: str, values: Mapping[str, Any], environments: Mapping[str, Any]) -> None:

@@ -25,7 +25,7 @@ Deviations from the papers:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -135,7 +135,7 @@ class TiedUpdate:
                 "torso, whose layers have"
             )
 
-    def begin(self) -> None:
+    def begin(self, returns: Sequence[float | None]) -> None:
         config = self.config
         if config.strength_end is None:
             return

@@ -12,14 +12,14 @@ torch.set_num_threads(1)
 
 
 class Breaking(gymnasium.Env[np.ndarray, int]):
-    """Pays 1 for action 0; after ``sound_steps`` steps of a copy, NaN."""
+    """Pays 1 for action 0, and from step ``sound_steps`` of an episode on NaN, or by ``chance``; lasts for ``length`` steps."""
 
     observation_space = gymnasium.spaces.Box(-1, 1, (3,), np.float32)
     action_space = gymnasium.spaces.Discrete(2)
     metadata = {"render_modes": []}
 
-    def __init__(self, sound_steps: int = 40) -> None:
-        self.sound_steps = sound_steps
+    def __init__(self, sound_steps: int = 40, chance: float = 0.0, length: int = 10**9) -> None:
+        self.sound_steps, self.chance, self.length = sound_steps, chance, length
         self.steps = 0
 
     def _observation(self) -> np.ndarray:
@@ -34,8 +34,9 @@ class Breaking(gymnasium.Env[np.ndarray, int]):
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         self.steps += 1
-        reward = float(action == 0) if self.steps <= self.sound_steps else float("nan")
-        return self._observation(), reward, False, False, {}
+        sound = self.steps <= self.sound_steps and self.np_random.random() >= self.chance
+        reward = float(action == 0) if sound else float("nan")
+        return self._observation(), reward, self.steps == self.length, False, {}
 
 
 class Naming(gymnasium.Env[int, int]):

@@ -246,6 +246,26 @@ def test_the_others_go_on_without_it(algorithm: str, tmp_path: Path) -> None:
     assert torch.equal(values(again), values(training))
 
 
+@pytest.mark.parametrize("algorithm", ["dqn", "pqn"])
+def test_a_return_that_is_not_finite_is_seen_before_it_is_saved(algorithm: str, tmp_path: Path) -> None:
+    options = {"chance": 0.01, "length": 10}
+    breaking = {"breaking": EnvironmentConfig(id="test/Breaking-v0", options=options), **ENVIRONMENTS}
+    learner = {"learning_starts": 1000} if algorithm == "dqn" else {}  # none of it is learnt from before
+    training = joint(algorithm, environments=breaking, learner=learner, when_diverging="leave_out")
+    for report in training.train():
+        save_state(tmp_path / "state", training.get_state())
+        assert all(np.isfinite(value) for value in report.metrics.values())
+        assert "return/breaking" in report.metrics
+    assert set(training.diverged) == {"breaking"}
+    found = training.mean_return("breaking")
+    assert found is not None and 0 < found <= 10
+    again = joint(algorithm, environments=breaking, learner=learner, when_diverging="leave_out")
+    again.set_state(load_state(tmp_path / "state"))
+    assert (again.env_steps, again.mean_return("breaking")) == (training.env_steps, found)
+    with pytest.raises(StillhouseError, match="^breaking: (a return|the loss or its gradient) became nan"):
+        list(joint(algorithm, environments=breaking, learner=learner).train())
+
+
 def test_where_nobody_is_left_there_is_no_result() -> None:
     training = joint(environments={"breaking": BREAKING["breaking"]}, when_diverging="leave_out")
     with pytest.raises(StillhouseError, match="no other environment is left; no result is written"):
