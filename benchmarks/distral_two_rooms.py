@@ -157,7 +157,7 @@ def question() -> str:
         f"is the area under the learning curve over {BLOCKS * ROLLOUTS_PER_BLOCK * ROLLOUT:,} env steps of each task: the mean reward per step in "
         "training, as a share of what the shortest ways earn; a seed draws its own eight goals and counts as one run. The last tenth "
         "is the same share over the last tenth of the training. Every arm has the best of one grid of beta and learning rate, on 10 other "
-        "seeds; beside it the median over that grid. How the arms differ: [Distral](../algorithms/distral.md)."
+        "seeds; beside it the median over that grid. How the arms differ: `stillhouse/multi_task/distral_tabular.py`."
     )
 
 

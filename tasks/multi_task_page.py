@@ -90,7 +90,7 @@ HEAD = """# Multi-task reinforcement learning: results
 
 Made by the stage `publish_results` from the score matrices in `benchmarks/results/multi_task/`; do not edit it by hand. The methods:
 [hard sharing](../algorithms/hard-sharing.md), [soft sharing](../algorithms/soft-sharing.md), [balancing](../algorithms/balancing.md),
-[Distral](../algorithms/distral.md), [IMPALA](../algorithms/impala.md), [UNREAL](../algorithms/unreal.md).
+[IMPALA](../algorithms/impala.md), [UNREAL](../algorithms/unreal.md), Distral (`stillhouse/multi_task/distral_tabular.py`).
 
 A score is normalised, 0 for random play and 1 for the expert of the same seed, which learns one environment alone with as many env
 steps: (return - random) / (expert - random), unless a section says otherwise. Geometric means are over max(score, 0.01). From 5 seeds
