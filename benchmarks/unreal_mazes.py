@@ -28,7 +28,7 @@ from stillhouse.evaluation.statistics import interval, probability_of_improvemen
 from stillhouse.files import write_json
 from stillhouse.processor import use_one_core
 
-NAME = "multi_task/unreal_mazes"
+NAME = "unreal_mazes"
 SEEDS = (100, 101, 102, 103, 104)
 THRESHOLD = 0.8  # of the episodes; always finding the goal is 1
 SOLVED = 0.95
