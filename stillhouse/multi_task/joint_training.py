@@ -299,7 +299,7 @@ def make_learners(
     reward_scales: Mapping[str, float],
     seed: int,
     device: str = "cpu",
-    make: Callable[..., Learner] | None = None,
+    make: Callable[..., Any] | None = None,
 ) -> tuple[MultiTaskNetwork, dict[str, Learner]]:
     """One network for all environments, and a learner on each.
 
