@@ -420,8 +420,9 @@ def _overridden(params: Params, overrides: list[str]) -> Params:
         return params
     data = params.model_dump(mode="json")
     budget = 1.0
-    for override in overrides:
-        key, value = parse_override(override)
+    # A joint network's algorithm before its method, which may not take the one that was there.
+    pairs = sorted(map(parse_override, overrides), key=lambda pair: not _is_joint_algorithm(pair[0]))
+    for key, value in pairs:
         if key == "budget":
             budget *= _budget(value)
         else:
@@ -429,6 +430,10 @@ def _overridden(params: Params, overrides: list[str]) -> Params:
             if key.rpartition(".")[2] in SWITCHES:  # what comes next may be a field that only the other has
                 data = parse(Params, data, "").model_dump(mode="json")
     return parse(Params, _scaled(data, budget), "")
+
+
+def _is_joint_algorithm(key: str) -> bool:
+    return key.startswith("train_multi_task.") and key.endswith(".learner.algorithm")
 
 
 def load_pipeline() -> Params:
@@ -520,6 +525,8 @@ def apply_override(data: dict[str, Any], key: str, value: Any) -> None:
                 kept &= set(STUDENTS[value].model_fields)
             elif path[-1] == "method" and value in MULTI_TASK:
                 kept = {"environments", "learner", "reward_scales", "when_diverging"}
+                if value == "distral":  # whose rewards have the entropy in them
+                    block["learner"].pop("entropy_coefficient", None)
             for field in set(block) - kept:
                 del block[field]
         block[path[-1]] = value
