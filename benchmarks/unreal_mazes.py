@@ -7,7 +7,7 @@ Five arms with the same settings: IMPALA alone, with each auxiliary task, and wi
 kept as a JSON file in ``--work``, so that an interrupted study goes on where it was. The curve is what training sees anyway: the mean
 return of the episodes that ended in the last ``WINDOW`` env steps, actions sampled; there is nothing before the first window is
 full, because episodes that end early are those that found the goal. A run ends when its curve has come to ``SOLVED``, and counts
-with its last value from there on.
+with its last value from there on. A score is the curve's mean: the area under it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from stillhouse.envs.make import EnvironmentConfig
 from stillhouse.evaluation.statistics import interval, probability_of_improvement, stratified_bootstrap
 from stillhouse.files import write_json
 from stillhouse.processor import use_one_core
+from tasks.studies import Study
 
-NAME = "unreal_mazes"
+NAME = "multi_task/unreal_mazes"
 SEEDS = (100, 101, 102, 103, 104)
 THRESHOLD = 0.8  # of the episodes; always finding the goal is 1
 SOLVED = 0.95
@@ -44,6 +45,7 @@ SETTINGS: dict[str, Any] = {
 }
 WEIGHTS = {"pixel_control": 0.01, "reward_prediction": 1.0, "value_replay": 1.0}
 ARMS: dict[str, tuple[str, ...]] = {"plain": (), **{task: (task,) for task in WEIGHTS}, "all": tuple(WEIGHTS)}
+ORDER = ("all", "reward_prediction", "value_replay", "pixel_control", "plain")  # in tables
 
 
 def settings(arm: str) -> dict[str, Any]:
@@ -118,6 +120,16 @@ def _plain(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
+def _with_interval(arm: dict[str, Any]) -> str:
+    """How many times fewer steps than the plain agent, with its interval, as text."""
+    if not arm["speed_up"]:
+        return "–"
+    low, high = arm["speed_up_interval"]
+    if low is None:
+        return f"{arm['speed_up']:.2f}"
+    return f"{arm['speed_up']:.2f} [{low:.2f}, {f'{high:.2f}' if high else '∞'}]"
+
+
 def table(arms: dict[str, Any]) -> str:
     """The summary as Markdown."""
     lines = [
@@ -126,12 +138,64 @@ def table(arms: dict[str, Any]) -> str:
     ]
     for name, arm in arms.items():
         steps = f"{arm['median_steps']:,.0f}" if arm["median_steps"] else "never"
-        low, high = (f"{bound:.2f}" if bound else "∞" for bound in arm["speed_up_interval"])
-        speed = f"{arm['speed_up']:.2f} [{low}, {high}]" if arm["speed_up"] else "-"
         lines.append(
-            f"| {name} | {steps} | {speed} | {arm['mean_area']:.3f} | {arm['processor_seconds']:.0f} |"
+            f"| {name} | {steps} | {_with_interval(arm)} | {arm['mean_area']:.3f} | {arm['processor_seconds']:.0f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def study(runs: list[dict[str, Any]], about: dict[str, Any]) -> dict[str, Any]:
+    """The runs of all arms and seeds as a study; ``about``: what they were made on and by."""
+    found = summary(runs)
+    seeds = sorted({one["seed"] for one in runs})
+    arms: dict[str, Any] = {}
+    for name in ORDER:
+        own = sorted((one for one in runs if one["arm"] == name), key=lambda one: one["seed"])
+        steps = found[name]["median_steps"]
+        arms[name] = {
+            "scores": [[round(one["area"], 4)] for one in own],
+            "extra": {
+                "median_env_steps_to_0.8": f"{steps:,.0f}" if steps else "never",
+                "times_fewer_than_plain": _with_interval(found[name]),
+                "probability_of_fewer_steps_than_plain": found[name]["probability_of_fewer_steps"],
+                "processor_seconds": round(found[name]["processor_seconds"]),
+                "env_steps_to_0.8": [one["steps_to_threshold"] for one in own],
+                "env_steps": [one["env_steps"] for one in own],
+                "curves": [one["curve"] for one in own],
+            },
+        }
+    return {
+        "study": NAME.rpartition("/")[2],
+        "question": question(),
+        "provenance": about,
+        "environments": ["maze"],
+        "seeds": seeds,
+        "order": list(ORDER),
+        "arms": arms,
+        "notes": notes(runs),
+    }
+
+
+def question() -> str:
+    return (
+        f"A maze of {MAZE['options']['size']} by {MAZE['options']['size']} cells with a reward of 1 at the goal alone, {MAZE['max_episode_steps']} env steps an episode, a "
+        f"maze of its own for every seed: which of UNREAL's auxiliary tasks make it faster to learn? All arms have the same settings; plain is IMPALA "
+        f"alone. A score is the area under the learning curve over {SETTINGS['env_steps']:,} env steps: the share of the episodes in training that found the "
+        f"goal, over the last {WINDOW:,} env steps. A run ends when that comes to {SOLVED:g}, and counts with it from there on."
+    )
+
+
+def notes(runs: list[dict[str, Any]]) -> list[str]:
+    """What the numbers say."""
+    never = {
+        name: sum(one["steps_to_threshold"] is None for one in runs if one["arm"] == name) for name in ORDER
+    }
+    unsolved = ", ".join(f"{name} {count}" for name, count in never.items() if count) or "none"
+    each = len(runs) // len(ORDER)
+    return [
+        f"Runs, of {each} an arm, that never came to {THRESHOLD:g}: {unsolved}. They count with infinitely many env steps. How many times fewer is the ratio of "
+        "the medians over the seeds, with a 95 % bootstrap interval; none is given where in some resamples neither median is finite."
+    ]
 
 
 def main() -> None:
@@ -160,15 +224,8 @@ def main() -> None:
         arms = summary(runs)
         print(table(arms))
         if arguments.seeds == list(SEEDS):
-            about = {
-                "maze": MAZE,
-                "settings": SETTINGS,
-                "weights": WEIGHTS,
-                "threshold": THRESHOLD,
-                "solved": SOLVED,
-            }
-            curves = {"window": WINDOW, "every": EVERY}
-            save(NAME, {**about, **curves, "arms": arms, "runs": runs, "provenance": provenance()})
+            found = Study.model_validate(study(runs, provenance()))
+            save(NAME, found.model_dump(mode="json"))
 
 
 if __name__ == "__main__":

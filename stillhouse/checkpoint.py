@@ -18,6 +18,7 @@ from stillhouse.config import parse
 from stillhouse.errors import StillhouseError
 from stillhouse.files import MANIFEST, SCHEMA_VERSION, check_folder, replace_folder, sha256, write_json
 from stillhouse.networks.multi_task import MultiTaskNetwork, NetworkSpec
+from stillhouse.networks.two_columns import TwoColumnNetwork, TwoColumnSpec
 
 WEIGHTS = "weights.safetensors"
 SPEC = "spec.json"
@@ -95,6 +96,8 @@ def load_checkpoint(path: Path, device: str = "cpu") -> Checkpoint:
 
 
 def _build(structure: dict[str, Any], where: str) -> MultiTaskNetwork:
+    if "shared_column" in structure:
+        return TwoColumnNetwork(parse(TwoColumnSpec, structure, where))
     if "columns" not in structure:
         return MultiTaskNetwork(parse(NetworkSpec, structure, where))
     # By name, so that no other stage's inputs hold the code of such networks.

@@ -29,6 +29,7 @@ from stillhouse.envs.names import action_names, component_names
 from stillhouse.errors import StillhouseError
 from stillhouse.evaluation.rollouts import EvaluationConfig
 from stillhouse.multi_task.balancing import check_balancing
+from stillhouse.multi_task.distral import DistralConfig, check_shareable, learner_settings
 from stillhouse.multi_task.hard_sharing import HardSharingConfig
 from stillhouse.multi_task.soft_sharing import SoftSharingConfig
 from stillhouse.networks.multi_task import NetworkSize
@@ -133,8 +134,25 @@ class SoftSharingParams(SoftSharingConfig):
     learner: LearnerConfig
 
 
-MULTI_TASK: dict[str, type[Config]] = {"hard_sharing": HardSharingParams, "soft_sharing": SoftSharingParams}
-MultiTaskParams = Annotated[HardSharingParams | SoftSharingParams, Field(discriminator="method")]
+def _distrals_own(learner: Any) -> Any:
+    return learner_settings(learner) if isinstance(learner, dict) else learner
+
+
+class DistralParams(DistralConfig):
+    """A policy for each environment, drawn to a distilled one, which is a student of the same name."""
+
+    environments: Names
+    learner: Annotated[IMPALAConfig, BeforeValidator(_distrals_own), _NOT_ITS_OWN, _NOT_SHOWN]
+
+
+MULTI_TASK: dict[str, type[Config]] = {
+    "distral": DistralParams,
+    "hard_sharing": HardSharingParams,
+    "soft_sharing": SoftSharingParams,
+}
+MultiTaskParams = Annotated[
+    HardSharingParams | SoftSharingParams | DistralParams, Field(discriminator="method")
+]
 
 
 SourceName = Annotated[str, AfterValidator(_source)]
@@ -204,6 +222,12 @@ class Params(Config):
         default=False, description="draw docs/results/ from the committed studies too"
     )
 
+    @property
+    def students(self) -> dict[str, Any]:
+        """Blocks of what lies under ``data/students/``: distilled from teachers, or by Distral from its own task policies."""
+        distral = {name: joint for name, joint in self.train_multi_task.items() if joint.method == "distral"}
+        return {**self.distill_student, **distral}
+
     @model_validator(mode="after")
     def _names_exist(self) -> Params:
         def check(name: str, known: list[str], where: str, what: str) -> None:
@@ -236,6 +260,12 @@ class Params(Config):
                 where = f"train_multi_task.{name}.{field}"
                 for source in getattr(joint, field, {}):  # soft sharing balances nothing
                     check(source, joint.environments, where, "environment of this network")
+            if joint.method == "distral" and name in self.distill_student:
+                raise ValueError(
+                    f"train_multi_task.{name}: its distilled policy is a student of the same name, but distill_student has {name!r} too; rename "
+                    "one of them"
+                )
+        students = self.students
         for name, transfer in self.fine_tune.items():
             check(name, environments, "fine_tune", "environment")
             where = f"fine_tune.{name}"
@@ -243,26 +273,26 @@ class Params(Config):
                 source, dot, environment = entry.partition(".")
                 check(
                     source,
-                    [*self.distill_student, *teachers],
+                    [*students, *teachers],
                     f"{where}.sources",
                     "student and no environment with a teacher",
                 )
-                if source in self.distill_student and source in teachers:
+                if source in students and source in teachers:
                     raise ValueError(
                         f"{where}.sources: {source!r} is a student and a teacher's environment; rename the student"
                     )
-                if dot and source not in self.distill_student:
+                if dot and source not in students:
                     raise ValueError(
                         f"{where}.sources: {entry!r}: a teacher has one environment, so {source!r} is enough"
                     )
                 if dot:
-                    known = list(self.distill_student[source].environments)
+                    known = list(students[source].environments)
                     check(environment, known, f"{where}.sources", "environment of that student")
             self._check_modes(where, transfer)
             for entry in transfer.sources:
                 shown = _shown_in(transfer, entry)
-                if shown and "." not in entry and entry in self.distill_student:
-                    known = list(self.distill_student[entry].environments)
+                if shown and "." not in entry and entry in students:
+                    known = list(students[entry].environments)
                     raise ValueError(
                         f"{where}.sources: {shown[0]} shows the target's observations to {entry!r}, so one of its environments is needed: "
                         f"{entry}.{known[0]}, for example; there are {', '.join(known)}"
@@ -390,8 +420,9 @@ def _overridden(params: Params, overrides: list[str]) -> Params:
         return params
     data = params.model_dump(mode="json")
     budget = 1.0
-    for override in overrides:
-        key, value = parse_override(override)
+    # A joint network's algorithm before its method, which may not take the one that was there.
+    pairs = sorted(map(parse_override, overrides), key=lambda pair: not _is_joint_algorithm(pair[0]))
+    for key, value in pairs:
         if key == "budget":
             budget *= _budget(value)
         else:
@@ -399,6 +430,10 @@ def _overridden(params: Params, overrides: list[str]) -> Params:
             if key.rpartition(".")[2] in SWITCHES:  # what comes next may be a field that only the other has
                 data = parse(Params, data, "").model_dump(mode="json")
     return parse(Params, _scaled(data, budget), "")
+
+
+def _is_joint_algorithm(key: str) -> bool:
+    return key.startswith("train_multi_task.") and key.endswith(".learner.algorithm")
 
 
 def load_pipeline() -> Params:
@@ -490,6 +525,8 @@ def apply_override(data: dict[str, Any], key: str, value: Any) -> None:
                 kept &= set(STUDENTS[value].model_fields)
             elif path[-1] == "method" and value in MULTI_TASK:
                 kept = {"environments", "learner", "reward_scales", "when_diverging"}
+                if value == "distral":  # whose rewards have the entropy in them
+                    block["learner"].pop("entropy_coefficient", None)
             for field in set(block) - kept:
                 del block[field]
         block[path[-1]] = value
@@ -552,11 +589,14 @@ def check_environments(params: Params) -> None:
         if joint.method == "hard_sharing":
             output = OUTPUTS[joint.learner.algorithm]
             check_balancing(joint, joint.environments, output, f"train_multi_task.{name}.")
+        if joint.method == "distral":
+            found = {each: specs[each] for each in sorted(joint.environments)}
+            check_shareable(found, joint.network, f"train_multi_task.{name}.")
     for name, transfer in params.fine_tune.items():
         target = params.environments[name]
         for entry in transfer.sources:
             source, _, environment = entry.partition(".")
-            environment = environment or ("" if source in params.distill_student else source)
+            environment = environment or ("" if source in params.students else source)
             if environment:
                 configs = [target, params.environments[environment]]
                 _check_correspondence(name, transfer, specs, environment, configs, _shown_in(transfer, entry))

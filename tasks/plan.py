@@ -197,6 +197,26 @@ def stages_of(params: Params) -> list[Stage]:
                     + sum(training_seconds(params.train_teacher[source]) for source in sources if algorithms),
                 )
             )
+    for name, joint in sorted(params.train_multi_task.items()):
+        for seed in seeds:
+            base = f"data/multi_task/{name}-s{seed}"
+            sources = sorted(joint.environments)
+            stages.append(
+                Stage(
+                    name=stage_name("train_multi_task", name, seed=seed),
+                    argv=python("train_multi_task", name, "--seed", str(seed)),
+                    deps=[
+                        code("train_multi_task", joint.method, joint.learner.algorithm),
+                        *(path for source in sources for path in module_files(source)),
+                    ],
+                    params=[f"train_multi_task.{name}", *(f"environments.{source}" for source in sources)],
+                    outs=[base, *([f"data/students/{name}-s{seed}"] if joint.method == "distral" else [])],
+                    metrics=[f"{base}.json"],
+                    plots={f"{base}.csv": {"x": "env_steps", "y": f"return_{sources[0]}"}},
+                    environments=sources,
+                    cost=len(sources) * training_seconds(joint.learner),
+                )
+            )
     for name, transfer in sorted(params.fine_tune.items()):
         for mode, one in transfer_runs(transfer.modes, transfer.sources):
             entries = {entry.partition(".")[0]: entry for entry in transfer.sources}
@@ -246,30 +266,10 @@ def stages_of(params: Params) -> list[Stage]:
                         cost=training_seconds(transfer.learner) * COSTS.get(mode, 1.0),
                     )
                 )
-    for name, joint in sorted(params.train_multi_task.items()):
-        for seed in seeds:
-            base = f"data/multi_task/{name}-s{seed}"
-            sources = sorted(joint.environments)
-            stages.append(
-                Stage(
-                    name=stage_name("train_multi_task", name, seed=seed),
-                    argv=python("train_multi_task", name, "--seed", str(seed)),
-                    deps=[
-                        code("train_multi_task", joint.method, joint.learner.algorithm),
-                        *(path for source in sources for path in module_files(source)),
-                    ],
-                    params=[f"train_multi_task.{name}", *(f"environments.{source}" for source in sources)],
-                    outs=[base],
-                    metrics=[f"{base}.json"],
-                    plots={f"{base}.csv": {"x": "env_steps", "y": f"return_{sources[0]}"}},
-                    environments=sources,
-                    cost=len(sources) * training_seconds(joint.learner),
-                )
-            )
     for name in sorted(params.train_teacher):
         networks = [
             f"data/students/{student}"
-            for student, block in sorted(params.distill_student.items())
+            for student, block in sorted(params.students.items())
             if name in block.environments
         ]
         networks += [
@@ -375,13 +375,13 @@ def _transfer_fields(transfer: TransferParams, mode: str) -> list[str]:
 
 
 def _kind(params: Params, entry: str) -> str:
-    return "students" if entry.partition(".")[0] in params.distill_student else "teachers"
+    return "students" if entry.partition(".")[0] in params.students else "teachers"
 
 
 def _environments(params: Params, entry: str) -> list[str]:
     """What a source of transfer has learnt."""
     name = entry.partition(".")[0]
-    return sorted(params.distill_student[name].environments) if _kind(params, entry) == "students" else [name]
+    return sorted(params.students[name].environments) if _kind(params, entry) == "students" else [name]
 
 
 def _of_head(params: Params, entry: str) -> str:
@@ -395,10 +395,10 @@ def _datasets(params: Params, transfer: TransferParams, mode: str, read: list[st
     wanted: set[str] = set()
     value_based = transfer.learner.algorithm != "ppo"
     for entry in read:
-        student = params.distill_student.get(entry.partition(".")[0])
+        student = params.students.get(entry.partition(".")[0])
         head = _of_head(params, entry)
         logits = (
-            student.loss != "mse"
+            getattr(student, "loss", "kl") != "mse"  # a distilled policy's are
             if student
             else params.train_teacher[head].algorithm in ("impala", "ppo", "unreal")
         )

@@ -1,4 +1,8 @@
-"""Stage: train one network on several environments at once, without teachers, by the method that its parameters name."""
+"""Stage: train one network on several environments at once, without teachers, by the method that its parameters name.
+
+``data/multi_task/<name>-s<seed>`` is what acts and is judged in each environment. Where the method distils one policy of all of them on
+the way (Distral), that is a student: ``data/students/<name>-s<seed>``.
+"""
 
 from __future__ import annotations
 
@@ -67,6 +71,8 @@ def train_multi_task(context: StageContext) -> None:
         "seed": context.seed,
     }
     save_checkpoint(path, training.network, details)
+    if training.distilled is not None:
+        save_checkpoint(Path("data/students") / path.name, training.distilled, details)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 the code of its own method only."""
 
 METHODS = {
+    "distral": ("distral", "DistralConfig"),
     "hard_sharing": ("hard_sharing", "HardSharingConfig"),
     "soft_sharing": ("soft_sharing", "SoftSharingConfig"),
 }

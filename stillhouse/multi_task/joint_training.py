@@ -1,4 +1,4 @@
-"""Joint training: a learner for each environment, in step; what hard and soft sharing have in common.
+"""Joint training: a learner for each environment, in step; what hard sharing, soft sharing and Distral have in common.
 
 In rounds, with ``E`` learners of one algorithm:
 
@@ -13,7 +13,7 @@ that environment is left out from then on and the others go on (``when_diverging
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -100,6 +100,7 @@ class JointTraining:
         rule: of the method.
         env_steps: budget of each environment.
         when_diverging: as in :class:`JointConfig`.
+        distilled: a network that the method distils from the learners' policies, beside the one they act by; the rule trains it.
 
     Attributes:
         diverged: environments that were left out, and after how many env steps of theirs.
@@ -114,8 +115,10 @@ class JointTraining:
         rule: Rule,
         env_steps: int,
         when_diverging: Literal["stop", "leave_out"],
+        distilled: MultiTaskNetwork | None = None,
     ) -> None:
         self.network = network
+        self.distilled = distilled
         self.learners = dict(learners)
         self.rule = rule
         self.budget = env_steps
@@ -216,7 +219,8 @@ class JointTraining:
     def rescale_heads(self) -> None:
         """Bring the heads to the environments' own rewards: at the end, for a checkpoint."""
         for name in one_for_each_head(self.network):
-            scale_head(self.network, name, 1 / self.learners[name].reward_scale)
+            if (scale := self.learners[name].reward_scale) != 1:
+                scale_head(self.network, name, 1 / scale)
 
     def get_state(self) -> dict[str, Any]:
         """The whole training state, between two reports."""
@@ -295,6 +299,7 @@ def make_learners(
     reward_scales: Mapping[str, float],
     seed: int,
     device: str = "cpu",
+    make: Callable[..., Any] | None = None,
 ) -> tuple[MultiTaskNetwork, dict[str, Learner]]:
     """One network for all environments, and a learner on each.
 
@@ -308,6 +313,7 @@ def make_learners(
         reward_scales: of some of them, in place of the learner's.
         seed: the stage's seed.
         device: of the network.
+        make: called in place of the algorithm's class, with separate networks.
 
     Raises:
         StillhouseError: an unknown environment, spaces that no network takes, or several reward scales and one head.
@@ -339,9 +345,9 @@ def make_learners(
             fresh = fresh_network(alone, name, each.spec, output, seeds[name])
             network.of(name).load_state_dict(fresh.state_dict())
         network.to(device)
+        make = make or learner_class
         return network, {
-            name: learner_class(configs[name], network.of(name), name, envs[name], seeds[name])
-            for name in envs
+            name: make(configs[name], network.of(name), name, envs[name], seeds[name]) for name in envs
         }
     for name in one_for_each_head(network):
         make_fresh_head(network, name)

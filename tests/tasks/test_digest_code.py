@@ -131,6 +131,10 @@ def test_this_projects_own_closures():
     joint = closure(graph, roots_of(kind_of("train_multi_task", "soft_sharing", "ppo")))
     assert {"stillhouse.multi_task.soft_sharing", "stillhouse.agents.ppo"} <= joint
     assert not {"stillhouse.multi_task.hard_sharing", "stillhouse.agents.pqn", "tasks.train_teacher"} & joint
+    drawn = closure(graph, roots_of(kind_of("train_multi_task", "distral", "impala")))
+    assert {"stillhouse.multi_task.distral", "stillhouse.losses.distral"} <= drawn - joint
+    # What acts of a Distral is a network of its own kind, which every stage that loads checkpoints can build.
+    assert "stillhouse.networks.two_columns" in closure(graph, roots_of("evaluate"))
     # What only a type checker imports does not count.
     report = closure(graph, roots_of("report"))
     assert "stillhouse.envs.minatar" not in report

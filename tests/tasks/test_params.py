@@ -326,3 +326,16 @@ def test_the_learners_network_is_the_sources():
         "network"
         not in load_suite("smoke", []).model_dump(mode="json")["fine_tune"]["cartpole-long"]["learner"]
     )
+
+
+def test_distral_takes_impala_whatever_was_said_first():
+    method, algorithm = "train_multi_task.method=distral", "train_multi_task.learner.algorithm=impala"
+    with pytest.raises(StillhouseError, match="'pqn' was given, which learns Q-values; .* allowed is impala"):
+        load_suite("multi-task-classic", [method])
+    pair = "acrobot-with-acrobot-heavy"
+    for order in ([method, algorithm], [algorithm, method]):
+        found = load_suite("multi-task-classic", [*order, "train_multi_task.beta=50"]).train_multi_task[pair]
+        assert (found.method, found.beta, found.learner.algorithm) == ("distral", 50, "impala")
+        assert (found.learner.entropy_coefficient, found.learner.env_steps) == (0, 300_000)
+    other = load_suite("multi-task-classic", [algorithm]).train_multi_task[pair]
+    assert other.learner.entropy_coefficient == 0.01

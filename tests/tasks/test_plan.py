@@ -154,6 +154,57 @@ def test_a_joint_network_is_judged_beside_the_students(project):
         )
 
 
+def test_distrals_distilled_policy_is_a_student(project):
+    suite = Path("params/suites/quickstart.yaml")
+    learner = "{algorithm: impala, env_steps: 1000}"
+    block = f"{{method: distral, environments: [cartpole-long, cartpole], learner: {learner}}}"
+    text = suite.read_text().replace("train_teacher:", "train_teacher:\n  cartpole-long: {algorithm: pqn}", 1)
+    suite.write_text(text + f"train_multi_task:\n  drawn: {block}\n")
+    options = ["fine_tune.cartpole-long.sources=[drawn.cartpole]", "fine_tune.cartpole-long.modes=[full]"]
+    stages = by_name(make_plan("quickstart", options))
+    stage = stages["train_multi_task-drawn-s0"]
+    assert stage.deps == ["data/code/train_multi_task-distral-impala.json"]
+    assert stage.outs == ["data/multi_task/drawn-s0", "data/students/drawn-s0"]
+    for environment, known in (("cartpole", True), ("cartpole-long", True), ("acrobot", False)):
+        found = set(stages[f"evaluate-{environment}-s0"].deps)
+        assert ({"data/multi_task/drawn-s0", "data/students/drawn-s0"} <= found) == known
+    # Its outputs are logits: a learner that bootstraps fits a head to the environment's dataset.
+    assert stages["fine_tune-cartpole-long-full-drawn-s0"].deps == [
+        "data/code/fine_tune-dqn.json",
+        "data/students/drawn-s0",
+        "data/datasets/cartpole-s0",
+    ]
+    order = list(stages)
+    assert order.index("train_multi_task-drawn-s0") < order.index("fine_tune-cartpole-long-full-drawn-s0")
+    found = load_suite("quickstart", []).train_multi_task["drawn"]
+    assert found.learner.entropy_coefficient == 0 and found.learner.env_steps == 1000
+    changed = load_suite("quickstart", ["train_multi_task.learner.entropy_coefficient=0.02", "budget=0.5"])
+    learner = changed.train_multi_task["drawn"].learner
+    assert (learner.entropy_coefficient, learner.env_steps) == (0.02, 500)
+    text = suite.read_text()
+    for change, said in (
+        ("train_multi_task.alpha=2", "drawn.*alpha: Input should be less than or equal to 1"),
+        ("train_multi_task.beta=0", "beta: Input should be greater than 0"),
+        (
+            "train_multi_task.learner.algorithm=pqn",
+            "'pqn' was given, which learns Q-values.*allowed is impala",
+        ),
+        (
+            "train_multi_task.environments=[cartpole, acrobot]",
+            "acrobot has vector_6, cartpole vector_4; bring",
+        ),
+        ("train_multi_task.reward_scales={breakout: 2}", "reward_scales names 'breakout'"),
+    ):
+        with pytest.raises(StillhouseError, match=said) as caught:
+            make_plan("quickstart", [change])
+        assert "\n" not in str(caught.value)
+    suite.write_text(text.replace("  drawn:", "  small:"))
+    with pytest.raises(
+        StillhouseError, match=r"train_multi_task\.small: its distilled policy is a student of"
+    ):
+        load_suite("quickstart", [])
+
+
 def test_committed_studies_are_inputs_of_the_published_page(project):
     assert "publish_results" not in by_name(make_plan("smoke", []))
     published = ["publish_results=true"]

@@ -121,9 +121,12 @@ def join(interrupt: bool = False, algorithm: str = "pqn", **changes: Any) -> Non
         "rollout_length": 16,
         "minibatches": 2,
     }
-    settings = {"environments": ["cartpole", "acrobot"], "reward_scales": {"acrobot": 0.1}, "network": SIZE}
-    settings |= {"method": "hard_sharing", "learner": learner, **changes}
     environments = {"cartpole": CARTPOLE, "acrobot": {"id": "Acrobot-v1", "max_episode_steps": 10}}
+    settings = {"environments": ["cartpole", "acrobot"], "reward_scales": {"acrobot": 0.1}, "network": SIZE}
+    if changes.get("method") == "distral":  # of one observation space
+        environments = {"cartpole": CARTPOLE, "long": {"id": "CartPole-v1", "max_episode_steps": 20}}
+        settings |= {"environments": ["cartpole", "long"], "reward_scales": {"long": 0.1}}
+    settings |= {"method": "hard_sharing", "learner": learner, **changes}
     blocks = {"train_multi_task": {"all": settings}, "environments": environments}
     train_multi_task(context("all", [], interrupt, **blocks))
 
@@ -136,6 +139,7 @@ LONG: dict[str, Callable[[bool], None]] = {
     ),
     "online": lambda interrupt: distill(interrupt, method="online", updates=8, **ONLINE),
     "hard_sharing": lambda interrupt: join(interrupt, balancing="pcgrad"),
+    "distral": lambda interrupt: join(interrupt, algorithm="impala", method="distral"),
     "soft_sharing": lambda interrupt: join(
         interrupt, method="soft_sharing", network={**SIZE, "separate": True}
     ),
@@ -151,7 +155,7 @@ def test_an_interrupted_stage_ends_in_the_same_bytes(kind: str) -> None:
     folders = [Path("data/students"), Path("data/multi_task")]
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     whole = {path: path.read_bytes() for path in files}
-    assert len(whole) == 5
+    assert len(whole) == (8 if kind == "distral" else 5)
     for path in files:
         path.unlink()
     with pytest.raises(Interrupted):
@@ -181,6 +185,25 @@ def test_a_joint_network_is_trained_saved_and_judged() -> None:
     head = Path("data/multi_task/all-s0.csv").read_text().splitlines()[0]
     assert head == "env_steps,return_acrobot,return_cartpole,policy_loss,value_loss,entropy,kl"
     assert set(judge("data/multi_task/all-s0")["joint"]) == {"all"}
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_distrals_task_policies_are_judged_and_its_distilled_one_is_a_student(columns: int) -> None:
+    join(algorithm="impala", method="distral", columns=columns, beta=10.0)
+    found = json.loads(Path("data/multi_task/all-s0.json").read_text())
+    assert (found["method"], found["weights"]) == ("distral", {})
+    policies, student = (load_checkpoint(Path(f"data/{kind}/all-s0")) for kind in ("multi_task", "students"))
+    assert policies.details == student.details and set(student.details["environments"]) == {
+        "cartpole",
+        "long",
+    }
+    assert student.network.spec.size.share_head and not student.network.spec.size.separate
+    train()
+    deps = ["data/students/all-s0", "data/multi_task/all-s0", "data/teachers/cartpole-s0"]
+    evaluate_environment(context("cartpole", deps, evaluate={"episodes": 2}))
+    judged = json.loads(Path("data/evaluation/cartpole-s0.json").read_text())
+    assert (set(judged["joint"]), set(judged["students"])) == ({"all"}, {"all"})
+    assert judged["joint"]["all"]["parameters"] == found["parameters"]
 
 
 def judge(network: str = "data/students/small-s0") -> dict[str, Any]:
