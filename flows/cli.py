@@ -25,6 +25,7 @@ EXAMPLES = """examples:
   stillhouse run quickstart --set distill_student.temperature=0.1 --set train_teacher.cartpole.gamma=0.98
   stillhouse run quickstart --only evaluate --force evaluate
   stillhouse multi-task multi-task-classic --balancing pcgrad
+  stillhouse meta-learning meta-learning --seeds 3
   stillhouse plan quickstart                write params/pipeline.yaml and dvc.yaml
   stillhouse play data/students/small-s0 --environment cartpole --output cartpole.gif
   stillhouse evaluate data/teachers/cartpole-s0 --episodes 200
@@ -103,6 +104,13 @@ def _parser() -> argparse.ArgumentParser:
     joint.add_argument(
         "--balancing", default="suite", metavar="B", help="uniform, pcgrad, ..., in all of them"
     )
+
+    meta = command(
+        "meta-learning",
+        _run,
+        "run a suite of meta-learners: meta-training, adaptation to unseen tasks, report",
+    )
+    _suite_arguments(meta, "meta_learning", "meta-learning")
 
     plan = command("plan", _plan, "check the parameters; write params/pipeline.yaml and dvc.yaml")
     plan.add_argument(

@@ -20,6 +20,7 @@ RESULTS = Path("data/evaluation/results.json")
 REPORT = Path("data/evaluation/report.html")
 CURVES = Path("data/evaluation/learning_curves.png")
 COLUMNS = ("environment", "teacher", "student", "random", "score", "parameters")
+META_COLUMNS = ("meta-learner", "arm", "measure", "before", "after")
 TRANSFER_COLUMNS = ("target", "mode", "first return", "last return", "area against scratch")
 
 
@@ -68,6 +69,16 @@ def transfer_rows(results: dict[str, Any]) -> list[list[str]]:
     return table
 
 
+def meta_rows(results: dict[str, Any]) -> list[list[str]]:
+    """Meta-learner, arm, measure, and its value on unseen tasks before and after all adaptation."""
+    table = []
+    for name, found in results["meta"].items():
+        for arm, values in found["arms"].items():
+            first, *_, last = values if len(values) > 1 else [*values] * 2
+            table.append([name, arm, found["measure"], _value(values[first]), _value(values[last])])
+    return table
+
+
 def _read(workspace: Path) -> dict[str, Any] | None:
     try:
         return json.loads((workspace / RESULTS).read_text())
@@ -84,6 +95,8 @@ def show(workspace: Path, checkout: Path) -> None:
         _print_table(title, COLUMNS, rows(network))
     if transfer := transfer_rows(results):
         _print_table("transfer", TRANSFER_COLUMNS, transfer)
+    if meta := meta_rows(results):
+        _print_table("meta-learning", META_COLUMNS, meta)
     report = workspace / REPORT
     if report.exists():
         shown = report.relative_to(checkout) if report.is_relative_to(checkout) else report
@@ -146,4 +159,6 @@ def _markdown(results: dict[str, Any], about: str, report: Path) -> str:
         lines += [f"### {title.capitalize()}", "", *table(COLUMNS, rows(network))]
     if transfer := transfer_rows(results):
         lines += ["### Transfer", "", *table(TRANSFER_COLUMNS, transfer)]
+    if meta := meta_rows(results):
+        lines += ["### Meta-learning", "", *table(META_COLUMNS, meta)]
     return "\n".join(lines)

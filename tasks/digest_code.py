@@ -31,7 +31,12 @@ SIMULATORS = ("ale-py", "box2d", "mujoco", "envpool")  # only where they are ins
 
 
 # The package of what a stage imports by name first; everything after that, and everywhere else, is an algorithm.
-_PACKAGES = {"distill_student": "stillhouse.distillation", "train_multi_task": "stillhouse.multi_task"}
+_PACKAGES = {
+    "distill_student": "stillhouse.distillation",
+    "train_multi_task": "stillhouse.multi_task",
+    "meta_train": "stillhouse.meta",
+    "meta_evaluate": "stillhouse.meta",
+}
 _ALGORITHMS = "stillhouse.agents"
 
 

@@ -35,6 +35,7 @@ DVC_LOCK = Path("dvc.lock")
 STUDIES = Path("benchmarks/results/policy_distillation")  # of the committed results, one file each
 TRANSFER = Path("benchmarks/results/transfer")  # the same of transfer, by suite
 MULTI_TASK = Path("benchmarks/results/multi_task")  # the same of multi-task learning
+META = Path("benchmarks/results/meta_learning")  # the same of meta-learning
 # Other benchmarks whose tables stand on the page of published results.
 MEASURED = ("distillation", "on_policy", "peers", "ppo", "pqn", "simulators")
 DVC_HEADER = "# generated: edit params/ and run `stillhouse plan`\n"
@@ -294,6 +295,36 @@ def stages_of(params: Params) -> list[Stage]:
                     cost=5.0 * (2 + len(networks)),
                 )
             )
+    for name, learnt in sorted(params.meta_train.items()):
+        for seed in seeds:
+            base, adapted = f"data/meta/{name}-s{seed}", f"data/adaptation/{name}-s{seed}"
+            stages.append(
+                Stage(
+                    name=stage_name("meta_train", name, seed=seed),
+                    argv=python("meta_train", name, "--seed", str(seed)),
+                    deps=[code("meta_train", learnt.method)],
+                    params=[f"meta_train.{name}"],
+                    outs=[base],
+                    metrics=[f"{base}.json"],
+                    plots={f"{base}.csv": {"x": "meta_updates", "y": "loss"}},
+                    environments=[name],
+                    cost=300.0,
+                )
+            )
+            stages.append(
+                Stage(
+                    name=stage_name("meta_evaluate", name, seed=seed),
+                    argv=python("meta_evaluate", name, "--seed", str(seed)),
+                    deps=[code("meta_evaluate", learnt.method), base],
+                    params=[f"meta_train.{name}", "meta_evaluate"],
+                    metrics=[f"{adapted}.json"],
+                    plots={
+                        f"{adapted}.csv": {"x": "updates", "y": learnt.method}
+                    },
+                    environments=[name],
+                    cost=20.0,
+                )
+            )
     results = [path for stage in stages for path in [*stage.metrics, *stage.plots]]
     stages.append(
         Stage(
@@ -309,6 +340,7 @@ def stages_of(params: Params) -> list[Stage]:
                 "distill_student",
                 "train_multi_task",
                 "fine_tune",
+                "meta_train",
                 "report",
             ],
             outs=["data/evaluation/report.html", "data/evaluation/learning_curves.png"],
@@ -325,11 +357,13 @@ def stages_of(params: Params) -> list[Stage]:
         shared = sorted(map(str, MULTI_TASK.glob("*.json")))
         pages = ["docs/results/transfer.md"] if moved else []
         pages += ["docs/results/multi-task.md"] if shared else []
+        meta = sorted(map(str, META.glob("*.json")))
+        pages += ["docs/results/meta-learning.md"] if meta else []
         stages.append(
             Stage(
                 name="publish_results",
                 argv=python("publish_results"),
-                deps=[code("publish_results"), *studies, *moved, *shared, *measured],
+                deps=[code("publish_results"), *studies, *moved, *shared, *meta, *measured],
                 in_git=["docs/results/policy-distillation.md", *curves, *pages],
                 cost=3.0,
             )
@@ -511,6 +545,9 @@ def top_level_plots(stages: Iterable[Stage]) -> list[dict[str, Any]]:
         ("distill_student", "env_steps"): "Online students",
         ("train_multi_task", "env_steps"): "Joint networks",
         ("fine_tune", "env_steps"): "Transfer",
+        ("meta_train", "meta_updates"): "Meta-training",
+        ("meta_evaluate", "updates"): "Adaptation",
+        ("meta_evaluate", "episodes"): "Episodes of a trial",
         ("report", "environment"): "Evaluation",
     }
     plots = []

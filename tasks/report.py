@@ -1,7 +1,7 @@
 """Stage: everything a run found, as one self-contained page and as numbers for DVC.
 
 Reads, for the environments of ``train_teacher``, the students of ``distill_student``, the networks of ``train_multi_task``,
-the targets, modes and sources of ``fine_tune`` and all ``seeds`` (paths follow from these blocks; no folder is listed):
+the targets, modes and sources of ``fine_tune``, the meta-learners of ``meta_train`` and all ``seeds`` (paths follow from these blocks; no folder is listed):
 
     data/code/report.json
     data/teachers/<env>-s<seed>.json       data/teachers/<env>-s<seed>.csv
@@ -10,6 +10,8 @@ the targets, modes and sources of ``fine_tune`` and all ``seeds`` (paths follow 
     data/multi_task/<name>-s<seed>.json    data/multi_task/<name>-s<seed>.csv
     data/transfer/<target>-<mode>[-<source>]-s<seed>.json   and .csv
     data/evaluation/<env>-s<seed>.json
+    data/meta/<name>-s<seed>.json          data/meta/<name>-s<seed>.csv
+    data/adaptation/<name>-s<seed>.json
 
 Writes ``report.html``, ``results.json``, ``comparison.csv`` and ``learning_curves.png`` in ``data/evaluation/``.
 """
@@ -42,7 +44,14 @@ def report(context: StageContext) -> None:
     write_json(OUTPUT / "results.json", metrics(results, summary))
 
 
-SETTINGS = ("train_teacher", "collect_dataset", "distill_student", "train_multi_task", "fine_tune")
+SETTINGS = (
+    "train_teacher",
+    "collect_dataset",
+    "distill_student",
+    "train_multi_task",
+    "fine_tune",
+    "meta_train",
+)
 BLOCKS = ("suite", "seeds", "environments", *SETTINGS, "report")
 
 
@@ -96,6 +105,14 @@ def gather(blocks: dict[str, Any], root: Path) -> Results:
             name: {seed: read(f"data/evaluation/{name}-s{seed}.json") for seed in seeds} for name in sources
         },
         transfer=transfer,
+        meta={
+            name: {
+                seed: run(f"data/meta/{name}-s{seed}")
+                | {"adaptation": read(f"data/adaptation/{name}-s{seed}.json")}
+                for seed in seeds
+            }
+            for name in sorted(blocks["meta_train"])
+        },
         settings={key: blocks[key] for key in SETTINGS},
         environment=read("data/code/report.json")["environment"],
         inputs=inputs,
@@ -142,8 +159,8 @@ def learning_curves(results: Results) -> bytes:
     from matplotlib.figure import Figure
 
     matplotlib.rcdefaults()  # the user's own settings would change the picture
-    columns = min(3, len(results.teachers))
-    rows = -(-len(results.teachers) // columns)
+    columns = max(1, min(3, len(results.teachers)))
+    rows = max(1, -(-len(results.teachers) // columns))
     figure = Figure(figsize=(4.2 * columns, 2.9 * rows), dpi=110, layout="constrained")
     for i, (name, runs) in enumerate(results.teachers.items()):
         axes = figure.add_subplot(rows, columns, i + 1)

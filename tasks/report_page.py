@@ -16,6 +16,7 @@ from stillhouse.evaluation.statistics import SEEDS_FOR_INTERVALS, Estimate
 from tasks import charts
 from tasks.results import (
     Interference,
+    MetaSummary,
     Results,
     Run,
     StudentSummary,
@@ -54,6 +55,7 @@ def render(results: Results, summary: Summary) -> str:
             _joint_section(results, summary),
             _teachers_section(results),
             _transfer_section(results, summary),
+            _meta_section(results, summary),
             _method_section(results),
         ]
     )
@@ -114,6 +116,7 @@ def _header(results: Results, summary: Summary) -> str:
         f"{_count(len(results.teachers), 'teacher')}",
         f"{_count(len(summary.students), 'student')}",
         f"{_count(len(summary.transfer), 'transfer target')}",
+        *([_count(len(summary.meta), "meta-learner")] if summary.meta else []),
         f"seed{'s' if len(results.seeds) > 1 else ''} {', '.join(str(seed) for seed in results.seeds)}",
     ]
     parts = [
@@ -126,7 +129,7 @@ def _header(results: Results, summary: Summary) -> str:
 
 def _headline(summary: Summary) -> str:
     if not summary.students:
-        return "Teachers, before any student"
+        return "Teachers, before any student" if summary.joint or not summary.meta else "Learning to learn"
     name, student = max(
         summary.students.items(),
         key=lambda item: item[1].overall.geometric_mean.value if item[1].overall.geometric_mean else -1.0,
@@ -451,6 +454,8 @@ def _sizes(student: StudentSummary, results: Results) -> str:
 
 
 def _teachers_section(results: Results) -> str:
+    if not results.teachers:
+        return ""
     pictures, rows = [], []
     for name, runs in results.teachers.items():
         random = float(np.mean([run["random"]["mean"] for run in results.evaluations[name].values()]))
@@ -521,6 +526,57 @@ def _transfer_section(results: Results, summary: Summary) -> str:
     )
     content = f'<div class="cards">{_heat_map(summary)}{"".join(cards)}</div>'
     return _section("Transfer", lead, content, "transfer")
+
+
+def _meta_section(results: Results, summary: Summary) -> str:
+    if not summary.meta:
+        return ""
+    cards = []
+    for name, found in summary.meta.items():
+        settings = results.settings["meta_train"][name]
+        title = f"{_MEASURES[found.measure]} on unseen tasks"
+        chart = charts.chart(_adaptation(found, len(results.seeds)), title, found.unit, size=(900, 280))
+        family = settings.get("family") or settings.get("optimisee") or {}
+        kind = escape(str(family.get("family", "")).replace("_", " "))
+        cards.append(
+            f'<article><h3>{escape(name)} <span class="id">{escape(str(settings["method"]))}</span></h3>'
+            f'<p class="lead small">{kind.capitalize()}{": " if kind else ""}{found.tasks:,} unseen tasks for each seed.</p>'
+            f"{chart}{_adaptation_table(found)}</article>"
+        )
+    lead = "What was learnt on a family of tasks, adapted to tasks of it that training never saw."
+    return _section("Meta-learning", lead, f'<div class="cards">{"".join(cards)}</div>', "meta-learning")
+
+
+_MEASURES = {"mse": "Mean squared error", "loss": "Loss", "return": "Return"}
+
+
+def _adaptation(found: MetaSummary, seeds: int) -> list[charts.Line]:
+    """A line for the method, and for each of what it is compared with."""
+    colours = dict(zip(found.arms, ("student", *WAY_COLOURS[1:], *["grey"] * len(found.arms)), strict=False))
+    return [
+        charts.Line(
+            arm,
+            colours[arm],
+            [(found.steps, [value.points[i] for value in values]) for i in range(seeds)],
+        )
+        for arm, values in found.arms.items()
+    ]
+
+
+def _adaptation_table(found: MetaSummary) -> str:
+    # At most eight columns: the first, the last, and what lies evenly between them.
+    shown = sorted({round(i) for i in np.linspace(0, len(found.steps) - 1, min(8, len(found.steps)))})
+    rows = [
+        f'<tr><th scope="row">{escape(arm)}</th>{"".join(_cell(values[i], strong=not row) for i in shown)}</tr>'
+        for row, (arm, values) in enumerate(found.arms.items())
+    ]
+    better = "larger" if found.measure == "return" else "smaller"
+    return _table(
+        ["After", *(f"{found.steps[i]} {found.unit}" for i in shown)],
+        rows,
+        f"{_MEASURES[found.measure]}, mean over the tasks; {better} is better. The first row is the method, the others are what it is "
+        "compared with on the same tasks.",
+    )
 
 
 def _way_colours(ways: list[str]) -> dict[str, str]:

@@ -44,7 +44,9 @@ class Results:
         joint: joint network, seed -> its run.
         evaluations: environment, seed -> returns of random play, the teacher, the students and the joint networks.
         transfer: target, way (``scratch``, ``full-small``: with its source, where it has one), seed -> its run.
-        settings: the blocks ``train_teacher``, ``collect_dataset``, ``distill_student``, ``train_multi_task`` and ``fine_tune``.
+        meta: meta-learner, seed -> its run, with how it adapts under ``adaptation``.
+        settings: the blocks ``train_teacher``, ``collect_dataset``, ``distill_student``, ``train_multi_task``, ``fine_tune`` and
+            ``meta_train``.
         environment: versions, and the device.
         inputs: path of every file read to its SHA-256.
     """
@@ -59,6 +61,7 @@ class Results:
     joint: dict[str, dict[int, Run]]
     evaluations: dict[str, dict[int, Run]]
     transfer: dict[str, dict[str, dict[int, Run]]]
+    meta: dict[str, dict[int, Run]]
     settings: dict[str, dict[str, Any]]
     environment: dict[str, str]
     inputs: dict[str, str]
@@ -120,12 +123,32 @@ class TransferRow:
 
 
 @dataclass(frozen=True)
+class MetaSummary:
+    """How what was meta-learnt adapts to unseen tasks.
+
+    Attributes:
+        measure: of the values: ``mse`` and ``loss`` are better when smaller, ``return`` when larger.
+        unit: what ``steps`` counts.
+        steps: of adaptation, [n].
+        tasks: unseen ones for each seed.
+        arms: the method, then what it is compared with: a mean over the tasks after every step, one for each seed.
+    """
+
+    measure: str
+    unit: str
+    steps: list[int]
+    tasks: int
+    arms: dict[str, list[Estimate]]
+
+
+@dataclass(frozen=True)
 class Summary:
     """Every number of the report."""
 
     students: dict[str, StudentSummary]
     joint: dict[str, StudentSummary]
     transfer: dict[str, list[TransferRow]]
+    meta: dict[str, MetaSummary]
 
 
 def summarise(results: Results) -> Summary:
@@ -134,7 +157,19 @@ def summarise(results: Results) -> Summary:
         students={name: _student(results, name) for name in sorted(results.students)},
         joint={name: _student(results, name, joint=True) for name in sorted(results.joint)},
         transfer={target: _transfer(results, target) for target in sorted(results.transfer)},
+        meta={name: _meta(results, name) for name in sorted(results.meta)},
     )
+
+
+def _meta(results: Results, name: str) -> MetaSummary:
+    found = [results.meta[name][seed]["adaptation"] for seed in results.seeds]
+    first = found[0]
+    arms = {}
+    for arm in first["means"]:
+        # A single column stands for every step.
+        means = np.array([np.broadcast_to(run["means"][arm], len(first["steps"])) for run in found])
+        arms[arm] = [_over_seeds(column) for column in means.T]
+    return MetaSummary(first["measure"], first["unit"], first["steps"], first["tasks"], arms)
 
 
 @dataclass(frozen=True)
@@ -362,4 +397,14 @@ def metrics(results: Results, summary: Summary) -> dict[str, Any]:
         kind: {name: network(found) for name, found in of.items()}
         for kind, of in (("students", summary.students), ("joint", summary.joint))
     }
-    return {**networks, "transfer": transfer}
+    meta = {
+        name: {
+            "measure": found.measure,
+            "arms": {
+                arm: {f"after_{step}": number(value) for step, value in zip(found.steps, values, strict=True)}
+                for arm, values in found.arms.items()
+            },
+        }
+        for name, found in summary.meta.items()
+    }
+    return {**networks, "transfer": transfer, "meta": meta}

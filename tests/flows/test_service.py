@@ -134,7 +134,7 @@ def test_what_runs_is_told_and_a_second_service_is_refused(service: Service) -> 
     said = stillhouse(service.clone, "status")
     assert (
         f"up since 20{time.strftime('%y')}" in said
-        and "deployment distillation\ndeployment multi_task\n" in said
+        and "deployment distillation\ndeployment meta_learning\ndeployment multi_task\n" in said
     )
     until(lambda: f"worker {socket.gethostname()}" in stillhouse(service.clone, "status"), 30)
     said = stillhouse(service.clone, "up", code=2)

@@ -1,0 +1,56 @@
+"""Stage: meta-train on a family of tasks, by the method that its parameters name."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from stillhouse.checkpoint import save_state
+from stillhouse.config import parse
+from stillhouse.files import write_json
+from stillhouse.meta import METHODS, MetaLearner
+from stillhouse.processor import use_one_core
+from tasks.curve import Curve
+from tasks.stage import StageContext, main
+
+FOLDER = Path("data/meta")
+
+
+def make_meta_learner(settings: dict[str, Any], where: str, seed: int, device: str) -> MetaLearner:
+    """The meta-learner of a parameter block, untrained.
+
+    Raises:
+        StillhouseError: a parameter is unknown or out of bounds.
+    """
+    method = settings["method"]
+    # By name: this stage depends on the code of its own method only.
+    module = importlib.import_module(f"stillhouse.meta.{method}")
+    make, config_class = (getattr(module, name) for name in METHODS[method])
+    learner: MetaLearner = make(parse(config_class, settings, where), seed, device)
+    return learner
+
+
+def meta_train(context: StageContext) -> None:
+    """A family's settings to what was learnt, and its learning curve."""
+    use_one_core()
+    where = f"meta_train.{context.name}"
+    settings = context.block(where)
+    learner = make_meta_learner(settings, where, context.seed, context.device)
+    curve = Curve(context, "meta_updates", learner.columns)
+    curve.follow(learner)
+    path = FOLDER / f"{context.name}-s{context.seed}"
+    curve.write(path.with_name(f"{path.name}.csv"))
+    last = curve.rows[-1] if curve.rows else []
+    write_json(
+        path.with_name(f"{path.name}.json"),
+        {
+            "method": settings["method"],
+            **dict(zip(["meta_updates", *learner.columns.values()], last, strict=False)),
+        },
+    )
+    save_state(path, learner.learnt())
+
+
+if __name__ == "__main__":
+    main(meta_train)
