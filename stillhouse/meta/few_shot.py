@@ -13,6 +13,7 @@ from stillhouse import seeding
 from stillhouse.envs import sinusoid
 from stillhouse.envs.sinusoid import SinusoidConfig
 from stillhouse.networks.batched import PerceptronSize, Weights, for_tasks, predict
+from stillhouse.processor import exact_products
 
 QUERIES = 100  # points of a test task at which its error is measured, evenly spaced
 _BLOCK = 256  # batches drawn at once
@@ -82,6 +83,7 @@ def squared_errors(
     return (predict(size, weights, inputs) - targets).square().mean((1, 2))
 
 
+@exact_products()
 def adaptation_errors(
     size: PerceptronSize,
     weights: Mapping[str, Tensor],

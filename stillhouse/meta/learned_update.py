@@ -36,6 +36,7 @@ from stillhouse.meta.inner_loop import adapt_for_evaluation
 from stillhouse.meta.maml import meta_losses
 from stillhouse.networks.batched import PerceptronSize, Weights, initial_weights, take_over
 from stillhouse.networks.parameters import FlatParameters
+from stillhouse.processor import exact_products
 from stillhouse.types import Report
 
 _REPORT_EVERY = 100  # meta-updates
@@ -116,7 +117,8 @@ class MetaSGD:
         config = self.config
         while self.meta_updates < config.meta_updates:
             stop = min(config.meta_updates, (self.meta_updates // _REPORT_EVERY + 1) * _REPORT_EVERY)
-            losses = [self._update(index) for index in range(self.meta_updates, stop)]
+            with exact_products():
+                losses = [self._update(index) for index in range(self.meta_updates, stop)]
             self.meta_updates = stop
             loss = float(torch.stack(losses).mean())
             if not math.isfinite(loss):

@@ -38,6 +38,7 @@ from stillhouse.errors import StillhouseError
 from stillhouse.meta import Adaptation
 from stillhouse.networks.batched import take_over
 from stillhouse.networks.parameters import FlatParameters
+from stillhouse.processor import exact_products
 from stillhouse.types import Report
 
 RATES = tuple(
@@ -190,7 +191,8 @@ class LSTMOptimiser:
         config = self.config
         per_trajectory = config.optimisee_steps // config.unroll
         while self.trajectories < config.trajectories:
-            losses = self._trajectory(self.trajectories)
+            with exact_products():
+                losses = self._trajectory(self.trajectories)
             self.trajectories += 1
             metrics = {"loss/optimisee": float(losses.mean()), "loss/optimisee_end": float(losses[-1].mean())}
             if not all(map(math.isfinite, metrics.values())):
@@ -278,6 +280,7 @@ class LSTMOptimiser:
         take_over(dict(self.network.named_parameters()), learnt)
 
 
+@exact_products()
 def minimise(functions: Problems, rule: Callable[[Tensor, int], Tensor], steps: int) -> np.ndarray:
     """The losses after 0, 1, ... steps, float64 [M, steps + 1].
 

@@ -41,6 +41,7 @@ from stillhouse.meta.few_shot import TaskBatch, TaskBatches, adaptation_errors, 
 from stillhouse.meta.inner_loop import adapt, adapt_for_evaluation
 from stillhouse.networks.batched import PerceptronSize, Weights, for_tasks, initial_weights, take_over
 from stillhouse.networks.parameters import FlatParameters
+from stillhouse.processor import exact_products
 from stillhouse.types import Report
 
 _REPORT_EVERY = 100  # meta-updates
@@ -139,7 +140,8 @@ class MAML:
         config = self.config
         while self.meta_updates < config.meta_updates:
             stop = min(config.meta_updates, (self.meta_updates // _REPORT_EVERY + 1) * _REPORT_EVERY)
-            losses = [self._update(index) for index in range(self.meta_updates, stop)]
+            with exact_products():
+                losses = [self._update(index) for index in range(self.meta_updates, stop)]
             self.meta_updates = stop
             loss = float(torch.stack(losses).mean())
             if not math.isfinite(loss):

@@ -40,6 +40,7 @@ from stillhouse.meta import Adaptation
 from stillhouse.meta.few_shot import TaskBatches, adaptation_errors, squared_errors
 from stillhouse.meta.inner_loop import adapt
 from stillhouse.networks.batched import PerceptronSize, Weights, for_tasks, initial_weights, take_over
+from stillhouse.processor import exact_products
 from stillhouse.types import Report
 
 _REPORT_EVERY = 100  # outer steps
@@ -151,7 +152,8 @@ class Reptile:
         config = self.config
         while self.meta_updates < config.meta_updates:
             stop = min(config.meta_updates, (self.meta_updates // _REPORT_EVERY + 1) * _REPORT_EVERY)
-            losses = [self._update(index) for index in range(self.meta_updates, stop)]
+            with exact_products():
+                losses = [self._update(index) for index in range(self.meta_updates, stop)]
             self.meta_updates = stop
             loss = float(torch.stack(losses).mean())
             if not math.isfinite(loss):

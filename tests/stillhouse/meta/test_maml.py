@@ -80,7 +80,7 @@ def test_the_meta_gradient_is_that_of_finite_differences(every_step: bool) -> No
             name: part.view_as(tensor).requires_grad_()
             for part, (name, tensor) in zip(parts, weights.items(), strict=True)
         }
-        return float(meta_losses(SIZE, moved, a_batch(), 0.3, 2, every_step=every_step).mean())
+        return float(meta_losses(SIZE, moved, a_batch(), 0.3, 2, every_step=every_step).mean().detach())
 
     width = 1e-5
     steps = width * torch.eye(len(flat), dtype=torch.float64)
@@ -269,3 +269,16 @@ def test_bad_settings_are_one_line(settings: dict[str, Any], words: str) -> None
     with pytest.raises(StillhouseError, match=words) as error:
         parse(MAMLConfig, settings, "meta_train.maml")
     assert "\n" not in str(error.value)
+
+
+def test_the_callers_precision_of_products_changes_nothing_and_is_left_as_it_was() -> None:
+    config = MAMLConfig(**{**SMALL, "meta_updates": 20})
+    expected = trained(config).learnt()
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        found = trained(config).learnt()
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert all(torch.equal(expected[name], tensor) for name, tensor in found.items())
