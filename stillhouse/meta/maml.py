@@ -14,9 +14,10 @@ Deviations:
    leaves as it is.
 2. ``every_step``: the outer loss may be the mean of the query losses after each of the inner steps, rather than that after the last, so that
    few steps serve as well as many (as in Antoniou et al. 2019, https://arxiv.org/abs/1810.09502, with equal weights). Off: as the paper.
-3. ``meta_rate_decay``: the meta-learning rate may fall to 0 along a cosine; it is constant in the paper.
-4. Weights start as He et al. (2015) have them; in the authors' code they are truncated normal with a standard deviation of 0.01.
-5. Training, validation and test tasks come from separate parts of the family (:mod:`stillhouse.envs.sinusoid`); the paper draws both from all of
+3. ``one_step_share``: training may begin with a single inner step, which is cheaper, and go on with ``inner_steps``. Off: as the paper.
+4. ``meta_rate_decay``: the meta-learning rate may fall to 0 along a cosine; it is constant in the paper.
+5. Weights start as He et al. (2015) have them; in the authors' code they are truncated normal with a standard deviation of 0.01.
+6. Training, validation and test tasks come from separate parts of the family (:mod:`stillhouse.envs.sinusoid`); the paper draws both from all of
    it. The error of a test task is the mean over 100 even points; the authors' code takes K random ones.
 """
 
@@ -66,6 +67,12 @@ class MAMLConfig(Config):
     first_order: bool = Field(default=False, description="leave the second derivatives out")
     every_step: bool = Field(
         default=False, description="the outer loss is the mean over the inner steps, not that of the last"
+    )
+    one_step_share: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of the budget with a single inner step, before inner_steps",
     )
     meta_rate: float = Field(default=1e-3, gt=0, le=1, description="Adam's learning rate")
     meta_rate_decay: Literal["none", "cosine"] = Field(default="none", description="cosine: to 0 at the end")
@@ -161,7 +168,7 @@ class MAML:
             self.initialisation,
             batch,
             config.inner_rate,
-            config.inner_steps,
+            1 if index < config.one_step_share * config.meta_updates else config.inner_steps,
             not config.first_order,
             config.every_step,
         ).mean()

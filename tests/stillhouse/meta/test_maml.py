@@ -282,3 +282,14 @@ def test_the_callers_precision_of_products_changes_nothing_and_is_left_as_it_was
     finally:
         torch.set_float32_matmul_precision(before)
     assert all(torch.equal(expected[name], tensor) for name, tensor in found.items())
+
+
+def test_training_may_begin_with_a_single_step() -> None:
+    settings = {**SMALL, "meta_updates": 200}
+    staged, single = (
+        maml(MAMLConfig(**settings, **more), 0)
+        for more in ({"inner_steps": 3, "one_step_share": 0.5}, {"inner_steps": 1})
+    )
+    runs = staged.train(), single.train()
+    assert next(runs[0]).metrics == next(runs[1]).metrics
+    assert next(runs[0]).metrics != next(runs[1]).metrics
