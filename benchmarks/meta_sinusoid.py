@@ -94,8 +94,9 @@ OPTIMISER_STEPS = 200
 
 def summary(errors: np.ndarray) -> dict[str, list[float | None]]:
     """Of errors [tasks, steps + 1]: mean, half of its 95 % interval over tasks, median, each by step; none where a task diverged."""
-    half = 1.96 * errors.std(axis=0, ddof=1) / math.sqrt(len(errors))
-    found = {"mean": errors.mean(0), "interval": half, "median": np.median(errors, axis=0)}
+    with np.errstate(all="ignore"):
+        half = 1.96 * errors.std(axis=0, ddof=1) / math.sqrt(len(errors))
+        found = {"mean": errors.mean(0), "interval": half, "median": np.median(errors, axis=0)}
     return {
         name: [float(f"{value:.4g}") if np.isfinite(value) and value < DIVERGED else None for value in values]
         for name, values in found.items()
@@ -124,7 +125,7 @@ def meta_train(config: Config, seed: int) -> dict[str, Any]:
             for shots, each in found.items()
             if "untrained" in each.baselines
         },
-        "curve": [round(float(np.mean(part)), 4) for part in np.array_split(curve, 10)],
+        "curve": [round(float(np.mean(part)), 4) for part in np.array_split(curve, min(10, len(curve)))],
         "cpu_seconds": round(seconds, 1),
     }
 
@@ -143,7 +144,7 @@ def joint_training(oracle: bool, seed: int) -> dict[str, Any]:
             drawn = sinusoid.draw(FAMILY, "training", 1000 * tasks, random)
             x = sinusoid.draw_inputs(FAMILY, len(drawn), points, random)
             inputs, targets = (
-                torch.from_numpy(array.astype(np.float32)).view(1000, 1, tasks * points, -1)
+                torch.from_numpy(array.astype(np.float32)).reshape(1000, 1, tasks * points, -1)
                 for array in (with_task(x, drawn) if oracle else x[..., None], sinusoid.values(drawn, x))
             )
         parameters.zero_gradient()
@@ -159,7 +160,7 @@ def joint_training(oracle: bool, seed: int) -> dict[str, Any]:
     test = sinusoid.held_out(FAMILY, TASKS, seed)
     if oracle:
         x = np.broadcast_to(sinusoid.even_inputs(FAMILY, 100), (TASKS, 100))
-        inputs = torch.from_numpy(with_task(x, test).astype(np.float32)).view(1, -1, 3)
+        inputs = torch.from_numpy(with_task(x, test).astype(np.float32)).reshape(1, -1, 3)
         with torch.no_grad():
             outputs = predict(NETWORK, held, inputs).view(TASKS, 100).double().numpy()
         errors = np.square(outputs - sinusoid.values(test, x)).mean(1, keepdims=True)
@@ -284,7 +285,7 @@ def learn_to_optimise(kind: str, seed: int) -> dict[str, Any]:
         },
         "steps": at,
         "rates": {name: round(rate, 5) for name, rate in learner.tuned_rates().items()},
-        "curve": [float(f"{np.mean(part):.4g}") for part in np.array_split(curve, 10)],
+        "curve": [float(f"{np.mean(part):.4g}") for part in np.array_split(curve, min(10, len(curve)))],
         "cpu_seconds": round(seconds, 1),
     }
 
