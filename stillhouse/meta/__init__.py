@@ -14,7 +14,12 @@ import numpy as np
 
 from stillhouse.types import Report
 
-METHODS: dict[str, tuple[str, str]] = {}
+METHODS: dict[str, tuple[str, str]] = {
+    "maml": ("maml", "MAMLConfig"),
+    "reptile": ("reptile", "ReptileConfig"),
+    "learned_update": ("learned_update", "MetaSGDConfig"),
+    "lstm_optimiser": ("lstm_optimiser", "LSTMOptimiserConfig"),
+}
 """Module's name to what makes its meta-learner, and the class of its settings.
 
 The former is called with the settings, the seed and the device, and gives a :class:`MetaLearner`.
