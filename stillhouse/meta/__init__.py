@@ -14,7 +14,10 @@ import numpy as np
 
 from stillhouse.types import Report
 
-METHODS: dict[str, tuple[str, str]] = {}
+METHODS: dict[str, tuple[str, str]] = {
+    "maml_rl": ("maml_rl", "MamlRlConfig"),
+    "reptile_rl": ("reptile_rl", "ReptileRlConfig"),
+}
 """Module's name to what makes its meta-learner, and the class of its settings.
 
 The former is called with the settings, the seed and the device, and gives a :class:`MetaLearner`.
