@@ -161,9 +161,7 @@ def check_ranges(
     """
     for key, (low, high) in ranges.items():
         if key not in defaults:
-            raise StillhouseError(
-                f"family.ranges: {name} has no {key!r}; allowed are {', '.join(defaults)}"
-            )
+            raise StillhouseError(f"family.ranges: {name} has no {key!r}; allowed are {', '.join(defaults)}")
         if not 0 < low <= high:
             raise StillhouseError(
                 f"family.ranges.{key}: {low} to {high} was given; the least value must be above 0, and not above the largest"

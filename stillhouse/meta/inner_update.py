@@ -18,7 +18,7 @@ Everything is of N tasks at once: row i of [N, P] is task i's parameters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -30,6 +30,7 @@ from stillhouse import seeding
 from stillhouse.config import Config
 from stillhouse.envs.families import Family, FamilyConfig
 from stillhouse.errors import StillhouseError
+from stillhouse.meta import Adaptation
 from stillhouse.meta.stochastic_policy import StochasticPolicy
 from stillhouse.meta.trajectories import Batch, make_batch, play
 
@@ -56,7 +57,10 @@ class PolicyGradientConfig(Config):
     )
     inner_rate: float = Field(default=0.1, gt=0, le=100, description="alpha: step size of the inner updates")
     later_rate_factor: float = Field(
-        default=0.5, gt=0, le=1, description="alpha of every update of a task after its first, as a share of alpha"
+        default=0.5,
+        gt=0,
+        le=1,
+        description="alpha of every update of a task after its first, as a share of alpha",
     )
     discount: float = Field(default=0.99, ge=0, le=1, description="gamma")
     gae_lambda: float = Field(default=1.0, ge=0, le=1, description="lambda of the advantage estimates")
@@ -172,15 +176,45 @@ def adapt(
     return returns
 
 
-def unseen_tasks(family: Family, count: int, seed: int) -> np.ndarray:
-    """Different tasks of the test split, [N, d].
+def compare(
+    config: PolicyGradientConfig,
+    policy: StochasticPolicy,
+    family: Family,
+    initials: Mapping[str, Tensor],
+    count: int,
+    steps: int,
+    seed: int,
+) -> Adaptation:
+    """Adapt to unseen tasks from each of several initial parameters.
+
+    Args:
+        config: as in :func:`adapt`.
+        policy: its form.
+        family: whose tasks.
+        initials: parameters [P] by name; ``learnt`` are those that are judged, the others are baselines.
+        count: tasks of the test split, all different.
+        steps: updates.
+        seed: of tasks and episodes, the same for all of them.
+
+    Returns:
+        Returns after 0 to ``steps`` updates; among the baselines a fresh policy, and an oracle where there is one.
 
     Raises:
-        StillhouseError: there are not so many.
+        StillhouseError: the test split has fewer tasks than that.
     """
     members = family.members("test")
     if members is not None and count > members:
         raise StillhouseError(
             f"tasks: {count} test tasks were asked for, but {family.name} has {members}; ask for at most {members}"
         )
-    return family.sample("test", count, seeding.generator(seed, "test tasks"))
+    tasks = family.sample("test", count, seeding.generator(seed, "test tasks"))
+    fresh = policy.initial(seeding.derive(seed, "fresh"), config.initial_std).to(initials["learnt"].device)
+    found = {
+        name: adapt(config, policy, family, initial, tasks, steps, seed)
+        for name, initial in {**initials, "random_initialisation": fresh}.items()
+    }
+    values = found.pop("learnt")
+    oracle = family.oracle_return(tasks)
+    if oracle is not None:
+        found["oracle"] = oracle[:, None]
+    return Adaptation("return", "updates", list(range(steps + 1)), values, found)

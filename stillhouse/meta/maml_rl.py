@@ -43,11 +43,10 @@ from stillhouse.meta import Adaptation
 from stillhouse.meta.inner_update import (
     PolicyGradientConfig,
     Surrogate,
-    adapt,
+    compare,
     inner_chain,
     pull_back,
     push_forward,
-    unseen_tasks,
 )
 from stillhouse.meta.stochastic_policy import StochasticPolicy
 from stillhouse.meta.trajectories import Batch, make_batch, play, some_of
@@ -183,9 +182,7 @@ class MamlRl:
                     self.policy, config.surrogate, chain[0], batches, self._rates[: len(batches)]
                 )
             played = play(self.policy, self.family, chain[-1], tasks, config.rollouts, random)
-            batches.append(
-                make_batch(self.policy, played, config.discount, config.gae_lambda, self.device)
-            )
+            batches.append(make_batch(self.policy, played, config.discount, config.gae_lambda, self.device))
             returns.append(float(played.returns().mean()))
             self.env_steps += int(played.valid.sum())
         metrics = {"return/before": returns[0], "return/after": returns[-1]}
@@ -234,7 +231,8 @@ class MamlRl:
         def distribution(parameters: Tensor) -> Tensor:
             return self.policy.distribution(parameters, last.observations)
 
-        found, tangent = torch.func.jvp(distribution, (chain[-1],), (vectors,))
+        forward: Any = torch.func.jvp(distribution, (chain[-1],), (vectors,))
+        found, tangent = forward
         cotangent = last.weights.unsqueeze(-1) * self.policy.fisher(found, tangent)
         products: Tensor = torch.func.vjp(distribution, chain[-1])[1](cotangent)[0]
         if second:
@@ -296,22 +294,10 @@ class MamlRl:
         Raises:
             StillhouseError: the test split has fewer tasks than that.
         """
-        config = self.config
-        drawn = unseen_tasks(self.family, tasks, seed)
-
-        def after(initial: Tensor) -> np.ndarray:
-            return adapt(config, self.policy, self.family, initial, drawn, steps, seed)
-
-        fresh = self.policy.initial(seeding.derive(seed, "fresh"), config.initial_std).to(self.device)
-        baselines = {"random_initialisation": after(fresh)}
+        initials = {"learnt": self.initial.data}
         if self.compared is not None:
-            baselines["pretrained"] = after(self.compared.initial.data)
-        oracle = self.family.oracle_return(drawn)
-        if oracle is not None:
-            baselines["oracle"] = oracle[:, None]
-        return Adaptation(
-            "return", "updates", list(range(steps + 1)), after(self.initial.data), baselines
-        )
+            initials["pretrained"] = self.compared.initial.data
+        return compare(self.config, self.policy, self.family, initials, tasks, steps, seed)
 
     def network(self) -> MultiTaskNetwork:
         """What was learnt as an ordinary network with a head named after the family: a source for a transfer.
@@ -319,7 +305,7 @@ class MamlRl:
         Raises:
             StillhouseError: the family's actions are vectors.
         """
-        return export(self.policy, self.initial.data)
+        return self.policy.network(self.initial.data)
 
     def get_state(self) -> dict[str, Any]:
         moments = self._optimizer.state.get(self.initial, {})
@@ -334,7 +320,7 @@ class MamlRl:
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._take(state["initial"])
+        self.initial.data.copy_(self.policy.check(np.array(state["initial"])))
         self.updates, self.env_steps = state["updates"], state["env_steps"]
         self._optimizer.state.clear()
         if state["exp_avg"] is not None:
@@ -354,29 +340,6 @@ class MamlRl:
         return found
 
     def load(self, learnt: dict[str, Any]) -> None:
-        self._take(learnt["initial"])
+        self.initial.data.copy_(self.policy.check(np.array(learnt["initial"])))
         if self.compared is not None:
             self.compared.load({"initial": learnt["pretrained"]})
-
-    def _take(self, initial: Any) -> None:
-        values = torch.as_tensor(np.array(initial))
-        if values.shape != self.initial.shape:
-            raise StillhouseError(
-                f"maml_rl: {values.numel()} parameters were given, but the policy has {self.policy.size}; it was learnt with another family "
-                "or other hidden widths"
-            )
-        self.initial.data.copy_(values)
-
-
-def export(policy: StochasticPolicy, parameters: Tensor) -> MultiTaskNetwork:
-    """The network of one row of parameters [P].
-
-    Raises:
-        StillhouseError: the family's actions are vectors.
-    """
-    if not policy.family.discrete:
-        raise StillhouseError(
-            f"{policy.family.name}: its actions are vectors, and the project's checkpoints are of networks that choose among a finite set; "
-            "export cartpole or acrobot"
-        )
-    return policy.network(parameters)

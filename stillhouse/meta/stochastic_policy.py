@@ -19,6 +19,7 @@ from torch.func import functional_call, vmap
 
 from stillhouse import seeding
 from stillhouse.envs.families import Family
+from stillhouse.errors import StillhouseError
 from stillhouse.networks.multi_task import (
     MultiTaskNetwork,
     NetworkSize,
@@ -28,7 +29,9 @@ from stillhouse.networks.multi_task import (
 )
 from stillhouse.types import EnvironmentSpec, ObservationSpec
 
-_FRESH_HEAD = 0.01  # factor on the fresh head's weights: learning starts from nearly uniform play, or means near 0
+_FRESH_HEAD = (
+    0.01  # factor on the fresh head's weights: learning starts from nearly uniform play, or means near 0
+)
 
 
 class StochasticPolicy:
@@ -71,12 +74,34 @@ class StochasticPolicy:
         return torch.cat(parts)
 
     def network(self, parameters: Tensor) -> MultiTaskNetwork:
-        """The network with one row's parameters [P]; of action vectors it gives the means."""
+        """One row's parameters [P] as an ordinary network, with a head named after the family: a source for a transfer.
+
+        Raises:
+            StillhouseError: the family's actions are vectors.
+        """
+        if not self.family.discrete:
+            raise StillhouseError(
+                f"{self.family.name}: its actions are vectors, and networks choose among a finite set of actions, so this policy cannot be "
+                "exported; policies of cartpole and acrobot can"
+            )
         network = self._build(self._hidden, 0)
         network.load_state_dict(
-            {name: part.detach().clone() for name, part in self._unflatten(parameters).items()}
+            {name: part.detach().cpu().clone() for name, part in self._unflatten(parameters).items()}
         )
         return network
+
+    def check(self, parameters: np.ndarray) -> Tensor:
+        """Parameters [P] that were kept elsewhere, as a tensor of their own.
+
+        Raises:
+            StillhouseError: they are not of this form.
+        """
+        if parameters.shape != (self.size,):
+            raise StillhouseError(
+                f"initial: {parameters.size} parameters were given, but this policy has {self.size}; they were learnt with another family or "
+                "other hidden widths"
+            )
+        return torch.from_numpy(parameters.copy())
 
     def _unflatten(self, parameters: Tensor) -> dict[str, Tensor]:
         parts, start = {}, 0

@@ -141,26 +141,17 @@ def advantages(trajectories: Trajectories, discount: float, trace: float) -> np.
     return _advantages(trajectories, values, discount, trace)
 
 
-def _advantages(
-    trajectories: Trajectories, values: np.ndarray, discount: float, trace: float
-) -> np.ndarray:
+def _advantages(trajectories: Trajectories, values: np.ndarray, discount: float, trace: float) -> np.ndarray:
     shape = values.shape
     # The value after the horizon, and after a terminated step, is 0.
     following = np.concatenate([values[..., 1:], np.zeros((*shape[:2], 1))], axis=-1)
-    discounts = np.where(trajectories.terminated, 0.0, discount)
-    found = generalized_advantages(
-        *(
-            torch.from_numpy(np.ascontiguousarray(np.moveaxis(part, -1, 0).reshape(shape[-1], -1)))
-            for part in (
-                trajectories.rewards,
-                discounts,
-                np.where(trajectories.terminated, 0.0, trace),
-                values,
-                following,
-            )
-        )
-    )
-    found = found.numpy().reshape(shape[-1], *shape[:2])
+    ends = trajectories.terminated
+    parts = trajectories.rewards, np.where(ends, 0.0, discount), np.where(ends, 0.0, trace), values, following
+    time_major = [
+        torch.from_numpy(np.ascontiguousarray(np.moveaxis(part, -1, 0).reshape(shape[-1], -1)))
+        for part in parts
+    ]
+    found = generalized_advantages(*time_major).numpy().reshape(shape[-1], *shape[:2])
     return np.where(trajectories.valid, np.moveaxis(found, 0, -1), 0.0)
 
 

@@ -45,7 +45,9 @@ def conjugate_gradients(
             break
         image = product(direction)
         along = direction @ image
-        if along <= 0:  # rounding, or a matrix that is not positive definite: what there is so far is the best
+        if (
+            along <= 0
+        ):  # rounding, or a matrix that is not positive definite: what there is so far is the best
             break
         length = square / along
         solution = solution + length * direction
