@@ -242,7 +242,7 @@ class MamlRl:
     def _trpo(self, batches: list[Batch]) -> dict[str, float]:
         config = self.config
         initial = self.initial.data
-        gradient, _ = self.meta_gradient(initial, batches)
+        gradient, before = self.meta_gradient(initial, batches)
         some = [some_of(batch, config.curvature_share) for batch in batches]
         chain = self.adapted(initial, some)
         last = batches[-1]
@@ -260,7 +260,13 @@ class MamlRl:
                 return float(objective), float((last.weights * divergence).sum(1).mean())
 
         step = trust_region_step(
-            initial, gradient, product, evaluate, config.max_kl, config.conjugate_gradients
+            initial,
+            gradient,
+            float(before),
+            product,
+            evaluate,
+            config.max_kl,
+            config.conjugate_gradients,
         )
         initial.copy_(step.parameters)
         return {

@@ -61,6 +61,7 @@ def conjugate_gradients(
 def trust_region_step(
     parameters: Tensor,
     gradient: Tensor,
+    before: float,
     product: Callable[[Tensor], Tensor],
     evaluate: Callable[[Tensor], tuple[float, float]],
     max_divergence: float,
@@ -72,6 +73,7 @@ def trust_region_step(
     Args:
         parameters: theta [P].
         gradient: of the objective there, [P].
+        before: the objective there.
         product: F times a vector [P]: the KL's Hessian, damped as wanted.
         evaluate: parameters to (objective, mean KL from the policy at theta).
         max_divergence: delta, in nats.
@@ -84,7 +86,6 @@ def trust_region_step(
     if not square > 0:
         return unchanged
     step = (2 * max_divergence / square) ** 0.5 * direction
-    before, _ = evaluate(parameters)
     for tried in range(shrinkings + 1):
         candidate = parameters + _SHRINK**tried * step
         objective, divergence = evaluate(candidate)
