@@ -50,11 +50,9 @@ def frozen(**settings: Any) -> tuple[MamlRl, Tensor, list[Batch]]:
     # Far from the fresh head's near 0, where hidden layers have hardly a gradient.
     noise = torch.randn(learner.policy.size, generator=torch.Generator().manual_seed(0))
     initial = learner.initial.data + 0.5 * noise
-    parameters = initial
-    for _ in range(learner.config.inner_steps + 1):
-        parameters = (
-            learner.adapted(initial, [*batches, *batches[:1]])[-1] if batches else initial.repeat(2, 1)
-        )
+    for step in range(learner.config.inner_steps + 1):
+        start = initial.repeat(2, 1)
+        parameters = inner_chain(learner.policy, "ratio", start, batches, learner._rates[:step])[-1]
         played = play(learner.policy, learner.family, parameters, tasks, learner.config.rollouts, random)
         batches.append(make_batch(learner.policy, played, 0.99, 0.9))
     doubled = [
@@ -187,7 +185,7 @@ def test_the_curvature_against_the_explicit_hessian_of_the_divergence(name: str,
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_meta_update_stays_within_the_bound_and_improves_the_objective(name: str) -> None:
-    learner = maml_rl(config(family={"name": name, "horizon": 20}, rollouts=10, max_kl=0.02), 1)
+    learner = maml_rl(config(family={"name": name, "horizon": 10}, rollouts=10, max_kl=0.02), 1)
     accepted = 0
     for report in learner.train():
         assert report.metrics["policy/kl"] <= 0.02
@@ -198,10 +196,12 @@ def test_a_meta_update_stays_within_the_bound_and_improves_the_objective(name: s
     assert accepted >= 3
 
 
-def test_ppo_improves_its_objective() -> None:
-    learner = maml_rl(config(outer="ppo", rollouts=10, family={"name": "navigation", "horizon": 20}), 1)
-    for report in learner.train():
-        assert report.metrics["policy/improvement"] > 0
+def test_ppos_first_meta_update_improves_the_objective() -> None:
+    # Later ones carry Adam's moments of other trajectories with them.
+    for seed in range(3):
+        found = maml_rl(config(outer="ppo", rollouts=10), seed).update()
+        assert found["policy/improvement"] > 0
+        assert found["policy/kl"] > 0
 
 
 def test_the_clipped_objective_by_hand() -> None:
@@ -329,7 +329,7 @@ def test_one_update_goes_further_from_what_was_learnt_than_from_a_fresh_policy()
                 {
                     "family": {"name": "navigation", "horizon": 30},
                     "hidden": (32,),
-                    "meta_updates": 12,
+                    "meta_updates": 8,
                     "tasks": 10,
                     "rollouts": 10,
                     "max_kl": 0.05,
