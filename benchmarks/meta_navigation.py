@@ -65,7 +65,7 @@ STUDIES: dict[str, dict[str, Any]] = {
             "2D navigation: a point looks for a goal that it is not shown; reward -distance^2, as in the paper's text. Mean return on 40 unseen goals "
             "after 0 to 3 policy gradient updates of 40 episodes each."
         ),
-        "arms": navigation("navigation", 40),
+        "arms": navigation("navigation", 30),
         "tasks": 40,
         "paper": PAPER_NAVIGATION,
     },
@@ -87,7 +87,7 @@ STUDIES: dict[str, dict[str, Any]] = {
             "maml": {
                 "method": "maml_rl",
                 "family": {"name": "cheetah_direction"},
-                "meta_updates": 50,
+                "meta_updates": 40,
                 "tasks": 4,
                 "rollouts": 20,
                 "inner_rate": 0.1,
