@@ -19,6 +19,8 @@ METHODS: dict[str, tuple[str, str]] = {
     "reptile": ("reptile", "ReptileConfig"),
     "learned_update": ("learned_update", "MetaSGDConfig"),
     "lstm_optimiser": ("lstm_optimiser", "LSTMOptimiserConfig"),
+    "maml_rl": ("maml_rl", "MamlRlConfig"),
+    "reptile_rl": ("reptile_rl", "ReptileRlConfig"),
 }
 """Module's name to what makes its meta-learner, and the class of its settings.
 
