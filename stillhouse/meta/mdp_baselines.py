@@ -150,11 +150,11 @@ def ucrl2(scaling: float, delta: float = 0.05) -> Plan:
         transitions = beliefs.counts.sum(-1)
         slack = np.sqrt(family.states) * width / np.sqrt(np.maximum(transitions, 1))
         rewards = beliefs.mean_rewards(0.0, 1e-4) + width / np.sqrt(np.maximum(beliefs.visits, 1))
-        successors = beliefs.mean_successors(1e-5)
+        chances = np.ascontiguousarray(np.moveaxis(beliefs.mean_successors(1e-5), 3, 1))
         q_values = np.empty((family.episode_length, *rewards.shape))
         values = np.zeros(rewards.shape[:2])
         for time in range(family.episode_length - 1, -1, -1):
-            following = optimistic_values(successors, slack, values)
+            following = optimistic_values(chances, slack, values)
             q_values[time] = rewards + (1 - family.stop_probability) * following
             values = q_values[time].max(2)
         return q_values
@@ -162,25 +162,29 @@ def ucrl2(scaling: float, delta: float = 0.05) -> Plan:
     return plan
 
 
-def optimistic_values(successors: np.ndarray, slack: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The greatest expectation of ``values`` under distributions within ``slack`` (L1) of ``successors``, [b, S, A].
+def optimistic_values(chances: np.ndarray, slack: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The greatest expectation of ``values`` under distributions within ``slack`` (L1) of ``chances``, [b, S, A].
 
     Half of the slack goes to the best successor, and is taken from the worst ones.
 
     Args:
-        successors: [b, S, A, S].
+        chances: of the successors, which come first, [b, S, S, A].
         slack: [b, S, A].
-        values: [b, S].
+        values: of the successors, [b, S].
     """
-    order = values.argsort(1)
-    ascending = np.take_along_axis(values, order, 1)[:, None, None]  # [b, 1, 1, S]
-    chances = np.take_along_axis(successors, order[:, None, None], 3)
-    added = np.minimum(slack / 2, 1 - chances[..., -1])
-    before = chances.cumsum(-1)
-    # Of every successor, what is left to be taken when all worse ones have given what they had.
-    taken = np.clip(added[..., None] - before + chances, 0, chances)
-    taken[..., -1] = -added
-    expected: np.ndarray = ((chances - taken) * ascending).sum(-1)
+    batch, states = values.shape
+    rows, order = np.arange(batch), values.argsort(1)
+    best = order[:, -1]
+    left = np.minimum(slack / 2, 1 - chances[rows, best])
+    flat = chances.reshape(batch, states, -1)
+    expected: np.ndarray = (values[:, None] @ flat).reshape(slack.shape)
+    expected += left * values[rows, best][:, None, None]
+    for worst in order[:, :-1].T:
+        taken = np.minimum(left, chances[rows, worst])
+        expected -= taken * values[rows, worst][:, None, None]
+        left -= taken
+        if not left.any():
+            break
     return expected
 
 
