@@ -219,13 +219,17 @@ def collect(work: Path, settings: Iterable[str]) -> dict[str, Any]:
                 "trials": TEST_TRIALS,
                 "baselines": baselines,
                 "rl2": {name.removeprefix("rl2-s"): run for name, run in runs.items()},
-                "rl2_mean": round(float(np.mean([run["mean"] for run in runs.values()])), 3) if runs else None,
+                "rl2_mean": round(float(np.mean([run["mean"] for run in runs.values()])), 3)
+                if runs
+                else None,
             }
     return result
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, default=Path(".stillhouse/study/rl2"))
     parser.add_argument("--only", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[])

@@ -29,9 +29,13 @@ class TabularConfig(Config):
     actions: int = Field(default=5, ge=2, le=1000, description="|A|")
     episode_length: int = Field(default=10, ge=1, le=1000, description="env steps of an episode, at most")
     episodes: int = Field(default=10, ge=1, le=10_000, description="n, of a trial")
-    mean_reward: float = Field(default=1.0, ge=-1000, le=1000, description="mean of the actions' mean rewards")
+    mean_reward: float = Field(
+        default=1.0, ge=-1000, le=1000, description="mean of the actions' mean rewards"
+    )
     reward_deviation: float = Field(default=1.0, ge=0, le=1000, description="standard deviation of these")
-    noise: float = Field(default=1.0, ge=0, le=1000, description="standard deviation of a reward about its mean")
+    noise: float = Field(
+        default=1.0, ge=0, le=1000, description="standard deviation of a reward about its mean"
+    )
     stop_probability: float = Field(
         default=0.0, ge=0, lt=1, description="of an episode's end after a step that is not its last"
     )

@@ -44,23 +44,17 @@ def estimates(successes: np.ndarray, pulls: np.ndarray) -> np.ndarray:
     return (successes + 1) / (pulls + 2)
 
 
-def uniform(
-    successes: np.ndarray, pulls: np.ndarray, time: int, random: np.random.Generator
-) -> np.ndarray:
+def uniform(successes: np.ndarray, pulls: np.ndarray, time: int, random: np.random.Generator) -> np.ndarray:
     """Of random play."""
     return random.random(pulls.shape)
 
 
-def greedy(
-    successes: np.ndarray, pulls: np.ndarray, time: int, random: np.random.Generator
-) -> np.ndarray:
+def greedy(successes: np.ndarray, pulls: np.ndarray, time: int, random: np.random.Generator) -> np.ndarray:
     """Of play without exploration."""
     return estimates(successes, pulls)
 
 
-def thompson(
-    successes: np.ndarray, pulls: np.ndarray, time: int, random: np.random.Generator
-) -> np.ndarray:
+def thompson(successes: np.ndarray, pulls: np.ndarray, time: int, random: np.random.Generator) -> np.ndarray:
     """Of Thompson sampling."""
     return random.beta(1 + successes, 1 + pulls - successes)
 

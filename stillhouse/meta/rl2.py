@@ -67,7 +67,9 @@ class RL2Config(Config):
     gamma: float = Field(default=0.99, ge=0, le=1, description="discount per env step of a trial")
     trace: float = Field(default=0.3, ge=0, le=1, description="lambda of the advantages")
     value_coefficient: float = Field(default=0.5, ge=0, le=1000, description="weight of the value loss")
-    entropy_coefficient: float = Field(default=0.02, ge=0, le=1000, description="of the entropy bonus at first")
+    entropy_coefficient: float = Field(
+        default=0.02, ge=0, le=1000, description="of the entropy bonus at first"
+    )
     entropy_fraction: float = Field(
         default=0.8, gt=0, le=1, description="share of the budget over which it falls linearly to 0"
     )
@@ -179,7 +181,7 @@ class Batch:
         return sums.reshape(count, episodes)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def play(policy: RecurrentPolicy, trials: Trials, noise: np.random.Generator, device: str = "cpu") -> Batch:
     """Play trials to their end with samples of the policy; its hidden state begins with zeros and lasts over all episodes.
 
@@ -294,9 +296,7 @@ class RL2:
     def update(self) -> dict[str, float]:
         """Play a batch of new tasks, and fit the policy to it; the metrics."""
         config, episodes = self.config, self.episodes
-        trials = config.family.play(
-            config.family.draw(config.trials, self._tasks), self._noise, episodes
-        )
+        trials = config.family.play(config.family.draw(config.trials, self._tasks), self._noise, episodes)
         self.batch = batch = play(self.policy, trials, self._sampling, self.device)
         advantages, returns = self.advantages(batch)
         log_mu = torch.log_softmax(batch.logits, 2).gather(2, batch.actions.unsqueeze(2)).squeeze(2)

@@ -8,7 +8,10 @@ from stillhouse.envs.bandits import BanditConfig
 from stillhouse.envs.tabular import TabularConfig
 from stillhouse.errors import StillhouseError
 
-FAMILIES = [BanditConfig(arms=3, episodes=7), TabularConfig(states=4, actions=3, episode_length=5, episodes=3)]
+FAMILIES = [
+    BanditConfig(arms=3, episodes=7),
+    TabularConfig(states=4, actions=3, episode_length=5, episodes=3),
+]
 
 
 def rng(seed: int = 0) -> np.random.Generator:

@@ -7,9 +7,14 @@ from torch import nn
 from stillhouse import seeding
 from stillhouse.networks.gru import GRU
 
+torch.set_num_threads(1)
+
 
 def twins(inputs: int, width: int) -> tuple[GRU, nn.GRU]:
-    ours, theirs = GRU(inputs, width, seeding.torch_generator(0, "gru")).double(), nn.GRU(inputs, width).double()
+    ours, theirs = (
+        GRU(inputs, width, seeding.torch_generator(0, "gru")).double(),
+        nn.GRU(inputs, width).double(),
+    )
     with torch.no_grad():
         for name, parameter in ours.named_parameters():
             getattr(theirs, f"{name}_l0").copy_(parameter)
