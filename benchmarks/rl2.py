@@ -16,7 +16,7 @@ import json
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -34,14 +34,17 @@ CHOICE_SEED, TEST_SEED = 0, 1000  # of tasks: to choose baselines' settings on, 
 CHOICE_TRIALS, TEST_TRIALS = 2000, 10_000
 SAVE_EVERY = 120  # seconds of wall clock
 
+# Random, then the baselines in the paper's order, then RL^2.
+BANDITS = ("random", "gittins", "thompson", "optimistic_thompson", "ucb1", "epsilon_greedy", "greedy", "rl2")
+MDPS = ("random", "psrl", "opsrl", "ucrl2", "beb", "epsilon_greedy", "greedy", "rl2")
 PAPER: dict[str, dict[str, float]] = {
-    "bandits-10-5": dict(random=5.0, gittins=6.6, thompson=5.7, optimistic_thompson=6.5, ucb1=6.7, epsilon_greedy=6.6, greedy=6.6, rl2=6.7),
-    "bandits-10-10": dict(random=5.0, gittins=6.6, thompson=5.5, optimistic_thompson=6.2, ucb1=6.7, epsilon_greedy=6.6, greedy=6.6, rl2=6.7),
-    "bandits-100-5": dict(random=49.9, gittins=78.3, thompson=74.7, optimistic_thompson=77.9, ucb1=78.0, epsilon_greedy=75.4, greedy=74.8, rl2=78.7),
-    "bandits-100-10": dict(random=49.9, gittins=82.8, thompson=76.7, optimistic_thompson=81.4, ucb1=82.4, epsilon_greedy=77.4, greedy=77.1, rl2=83.5),
-    "mdps-10": dict(random=100.1, psrl=138.1, opsrl=144.1, ucrl2=146.6, beb=150.2, epsilon_greedy=132.8, greedy=134.8, rl2=156.2),
-    "mdps-25": dict(random=250.2, psrl=408.8, opsrl=425.2, ucrl2=424.1, beb=427.8, epsilon_greedy=377.3, greedy=368.8, rl2=445.7),
-}  # fmt: skip
+    "bandits-10-5": dict(zip(BANDITS, (5.0, 6.6, 5.7, 6.5, 6.7, 6.6, 6.6, 6.7))),
+    "bandits-10-10": dict(zip(BANDITS, (5.0, 6.6, 5.5, 6.2, 6.7, 6.6, 6.6, 6.7))),
+    "bandits-100-5": dict(zip(BANDITS, (49.9, 78.3, 74.7, 77.9, 78.0, 75.4, 74.8, 78.7))),
+    "bandits-100-10": dict(zip(BANDITS, (49.9, 82.8, 76.7, 81.4, 82.4, 77.4, 77.1, 83.5))),
+    "mdps-10": dict(zip(MDPS, (100.1, 138.1, 144.1, 146.6, 150.2, 132.8, 134.8, 156.2))),
+    "mdps-25": dict(zip(MDPS, (250.2, 408.8, 425.2, 424.1, 427.8, 377.3, 368.8, 445.7))),
+}
 
 SETTINGS: dict[str, RL2Config] = {
     "bandits-10-5": RL2Config(family=BanditConfig(arms=5, episodes=10)),
@@ -52,7 +55,7 @@ SETTINGS: dict[str, RL2Config] = {
     "mdps-25": RL2Config(family=TabularConfig(episodes=25)),
 }
 
-Run = Callable[[int, int, str], np.ndarray]
+Run = Callable[[int, int, Literal["train", "test"]], np.ndarray]
 """Trials, seed of the tasks and their split to returns by trial and episode."""
 
 
@@ -61,9 +64,7 @@ def bandit_methods(family: BanditConfig) -> dict[str, dict[str, Run]]:
     episodes = family.episodes
 
     def run(name: str, scores: bandits.Scores) -> Run:
-        return lambda trials, seed, split: bandits.play(
-            scores, family, trials, episodes, seed, name, "train" if split == "train" else "test"
-        )
+        return lambda trials, seed, split: bandits.play(scores, family, trials, episodes, seed, name, split)
 
     tenths = [round(0.1 * step, 1) for step in range(11)]
     return {
@@ -92,7 +93,7 @@ def mdp_methods(family: TabularConfig) -> dict[str, dict[str, Run]]:
 
     def run(name: str, plan: mdps.Plan, epsilon: float = 0.0) -> Run:
         return lambda trials, seed, split: mdps.play(
-            plan, family, trials, episodes, seed, name, epsilon, "train" if split == "train" else "test"
+            plan, family, trials, episodes, seed, name, epsilon, split
         )
 
     scalings = np.geomspace(1e-4, 1, 21)

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Literal
 
 import numpy as np
 
@@ -182,7 +183,7 @@ def play(
     episodes: int,
     seed: int,
     name: str,
-    split: str = "test",
+    split: Literal["train", "test"] = "test",
 ) -> np.ndarray:
     """Rewards by trial and pull, float64 [``tasks``, ``episodes``].
 
@@ -195,10 +196,9 @@ def play(
         name: of the stream of the method's own random numbers.
         split: ``test``, or ``train`` to choose settings on.
     """
-    which = "test" if split == "test" else "train"
-    drawn = family.draw(tasks, family.random(which, seed, "tasks"))
-    trials = family.play(drawn, family.random(which, seed, "noise"), episodes)
-    random = seeding.generator(seed, "bandit baselines", which, name)
+    drawn = family.draw(tasks, family.random(split, seed, "tasks"))
+    trials = family.play(drawn, family.random(split, seed, "noise"), episodes)
+    random = seeding.generator(seed, "bandit baselines", split, name)
     successes = np.zeros((tasks, family.arms), np.int64)
     pulls = np.zeros_like(successes)
     rows = np.arange(tasks)

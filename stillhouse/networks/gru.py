@@ -32,14 +32,15 @@ class GRU(nn.Module):
         super().__init__()
         self.width = width
         self._pool = _Pool()
-        for name, shape in {
-            "weight_ih": (3 * width, inputs),
-            "weight_hh": (3 * width, width),
-            "bias_ih": (3 * width,),
-            "bias_hh": (3 * width,),
-        }.items():
-            drawn = torch.rand(shape, generator=generator).mul_(2).sub_(1).div_(math.sqrt(width))
-            self.register_parameter(name, nn.Parameter(drawn))
+
+        def drawn(*shape: int) -> nn.Parameter:
+            uniform = torch.rand(shape, generator=generator).mul_(2).sub_(1)
+            return nn.Parameter(uniform.div_(math.sqrt(width)))
+
+        self.weight_ih = drawn(3 * width, inputs)
+        self.weight_hh = drawn(3 * width, width)
+        self.bias_ih = drawn(3 * width)
+        self.bias_hh = drawn(3 * width)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Hidden states [T, B, width] after each row of ``inputs`` [T, B, n]."""
