@@ -57,10 +57,10 @@ class RL2Config(Config):
     method: Literal["rl2"] = "rl2"
     family: Annotated[BanditConfig | TabularConfig, Field(discriminator="family")] = BanditConfig()
     width: int = Field(default=64, ge=1, le=4096, description="hidden units of the GRU")
-    updates: int = Field(default=300, ge=1, le=10**7, description="budget in batches of trials")
+    updates: int = Field(default=250, ge=1, le=10**7, description="budget in batches of trials")
     trials: int = Field(default=2000, ge=2, le=10**6, description="of a batch, each of a new task")
     epochs: int = Field(default=2, ge=1, le=100, description="passes over each batch")
-    minibatches: int = Field(default=4, ge=1, le=10_000, description="per pass, of whole trials")
+    minibatches: int = Field(default=16, ge=1, le=10_000, description="per pass, of whole trials")
     learning_rate: float = Field(default=3e-3, gt=0, le=1, description="falls linearly to 0 over the budget")
     max_gradient_norm: float = Field(default=0.5, ge=0, description="0 does not clip")
     clip_range: float = Field(default=0.2, gt=0, le=10, description="epsilon of the objective")
