@@ -71,7 +71,7 @@ def bandit_methods(family: BanditConfig) -> dict[str, dict[str, Run]]:
         "random": {"": run("random", bandits.uniform)},
         "greedy": {"": run("greedy", bandits.greedy)},
         "epsilon_greedy": {
-            f"epsilon={each}": run("epsilon_greedy", bandits.epsilon_greedy(each)) for each in tenths[1:]
+            f"epsilon={each}": run("epsilon_greedy", bandits.epsilon_greedy(each)) for each in tenths
         },
         "thompson": {"": run("thompson", bandits.thompson)},
         "optimistic_thompson": {

@@ -37,7 +37,7 @@ from stillhouse.envs.bandits import BanditConfig
 Scores = Callable[[np.ndarray, np.ndarray, int, np.random.Generator], np.ndarray]
 """Successes [B, k], pulls [B, k], pulls of all arms so far and random numbers to scores [B, k]."""
 
-_GRID = 1000  # points on which indices are calibrated, in [0, 1)
+_GRID = 1000  # charges on which indices are calibrated, in [0, 1)
 
 
 def estimates(successes: np.ndarray, pulls: np.ndarray) -> np.ndarray:
@@ -134,18 +134,22 @@ def finite_horizon_indices(episodes: int) -> np.ndarray:
     """
     charges = np.arange(_GRID) / _GRID
     counts = np.arange(episodes + 1)
-    success = estimates(counts[:, None], counts[:, None] + counts)[..., None]
+    pulls = counts[:, None] + counts
+    chances = estimates(counts[:, None], pulls)[..., None]
     indices = np.zeros((episodes + 1, episodes + 1, episodes + 1))
-    values = np.zeros((episodes + 1, episodes + 1, _GRID))
+    values = np.zeros((episodes + 2, episodes + 2, _GRID))
     for left in range(1, episodes + 1):
         size = episodes - left + 1  # of successes, and of failures, that there can have been
-        chance = success[:size, :size]
-        following = chance * values[1 : size + 1, :size]
-        following += (1 - chance) * values[:size, 1 : size + 1]
-        following += chance - charges
-        values = np.maximum(following, 0, out=following)
-        indices[left, :size, :size] = _where_zero(values, charges)
-        values = np.pad(values, ((0, 1), (0, 1), (0, 0)))[: size + 1, : size + 1]
+        chance = chances[:size, :size]
+        after_failure = values[:size, 1 : size + 1]
+        worth = values[1 : size + 1, :size] - after_failure
+        worth += 1
+        worth *= chance
+        worth += after_failure
+        worth -= charges
+        values[:size, :size] = np.maximum(worth, 0, out=worth)
+        possible = pulls[:size, :size] + left <= episodes
+        indices[left, :size, :size] = np.where(possible, _where_zero(worth, charges), 0)
     return indices
 
 
@@ -215,9 +219,9 @@ def play(
 def play_bandits(family: BanditConfig, tasks: int, episodes: int, seed: int) -> dict[str, np.ndarray]:
     """The baselines without settings, as :class:`stillhouse.meta.Adaptation` has them: rewards [``tasks``, ``episodes``] each.
 
-    The index, whose table grows with the cube of the pulls, is left out above 200 of these.
+    The index, whose table grows with the cube of the pulls, is left out above 100 of these.
     """
     methods: dict[str, Scores] = {"random": uniform, "greedy": greedy, "thompson": thompson}
-    if episodes <= 200:
+    if episodes <= 100:
         methods["gittins"] = gittins(episodes)
     return {name: play(scores, family, tasks, episodes, seed, name) for name, scores in methods.items()}

@@ -48,8 +48,6 @@ from stillhouse.networks.parameters import FlatParameters
 from stillhouse.returns import generalized_advantages
 from stillhouse.types import Report
 
-_TEST_BATCH = 2000  # trials tested together; a result does not depend on it, but its memory does
-
 
 class RL2Config(Config):
     """Settings; the defaults suit bandits of 10 pulls."""

@@ -80,17 +80,17 @@ class _Pool:
     """Large tensors that are used again: fresh memory of this size is mapped page by page, which takes as long as the arithmetic."""
 
     def __init__(self) -> None:
-        self._free: dict[tuple[int, ...], list[Tensor]] = {}
+        self._free: dict[tuple[Any, ...], list[Tensor]] = {}
 
     def take(self, like: Tensor, *shape: int) -> Tensor:
         """Of this shape, not initialised; another one for every call until it is given back."""
-        free = self._free.get(shape)
+        free = self._free.get((like.device, like.dtype, *shape))
         return free.pop() if free else like.new_empty(shape)
 
     def give_back(self, *tensors: Tensor) -> None:
         """Nobody looks at these any more."""
         for tensor in tensors:
-            free = self._free.setdefault(tuple(tensor.shape), [])
+            free = self._free.setdefault((tensor.device, tensor.dtype, *tensor.shape), [])
             if len(free) < 2:
                 free.append(tensor)
 

@@ -144,3 +144,11 @@ def test_the_learners_baselines() -> None:
     assert all(rewards.shape == (30, 5) for rewards in found.values())
     again = baselines.play_bandits(family, 30, 5, 0)
     assert all(np.array_equal(found[name], again[name]) for name in found)
+
+
+def test_the_grid_is_fine_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    coarse = baselines.finite_horizon_indices(20)
+    monkeypatch.setattr(baselines, "_GRID", 4000)
+    fine = baselines.finite_horizon_indices.__wrapped__(20)
+    assert np.abs(coarse - fine).max() < 1e-3
+    assert coarse[3, 18, 0] == coarse[5, 8, 8] == 0  # of 20 pulls there cannot have been so many before

@@ -10,6 +10,7 @@ from stillhouse.config import parse
 from stillhouse.envs.bandits import BanditConfig
 from stillhouse.envs.tabular import TabularConfig
 from stillhouse.errors import StillhouseError
+from stillhouse.meta import bandit_baselines
 from stillhouse.meta.rl2 import RL2, Batch, RecurrentPolicy, RL2Config, play, rl2
 
 torch.set_num_threads(1)
@@ -196,6 +197,19 @@ def test_evaluation_leaves_the_learner_as_it_was(family: BanditConfig | TabularC
     for each in (learner, undisturbed):
         list(each.train())
     assert torch.equal(learner.parameters.values, undisturbed.parameters.values)
+
+
+def test_its_test_tasks_and_noise_are_the_baselines() -> None:
+    """A policy that always pulls the first arm is paid what a baseline is that does."""
+    learner = RL2(small(), 0)
+    with torch.no_grad():
+        learner.policy.policy.bias.copy_(torch.tensor([100.0, 0.0, 0.0]))
+
+    def first(successes: np.ndarray, pulls: np.ndarray, *_: object) -> np.ndarray:
+        return np.broadcast_to([1.0, 0.0, 0.0], pulls.shape)
+
+    found = learner.test_returns(50, 4, 9)
+    assert np.array_equal(found, bandit_baselines.play(first, BANDITS, 50, 4, 9, "first"))
 
 
 def test_what_was_learnt_can_be_taken_over(tmp_path) -> None:
