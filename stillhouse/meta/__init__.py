@@ -21,6 +21,7 @@ METHODS: dict[str, tuple[str, str]] = {
     "lstm_optimiser": ("lstm_optimiser", "LSTMOptimiserConfig"),
     "maml_rl": ("maml_rl", "MamlRlConfig"),
     "reptile_rl": ("reptile_rl", "ReptileRlConfig"),
+    "rl2": ("rl2", "RL2Config"),
 }
 """Module's name to what makes its meta-learner, and the class of its settings.
 
