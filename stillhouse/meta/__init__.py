@@ -14,7 +14,9 @@ import numpy as np
 
 from stillhouse.types import Report
 
-METHODS: dict[str, tuple[str, str]] = {}
+METHODS: dict[str, tuple[str, str]] = {
+    "hypernetwork": ("Hypernetwork", "HypernetworkConfig"),
+}
 """Module's name to what makes its meta-learner, and the class of its settings.
 
 The former is called with the settings, the seed and the device, and gives a :class:`MetaLearner`.
