@@ -22,6 +22,7 @@ METHODS: dict[str, tuple[str, str]] = {
     "maml_rl": ("maml_rl", "MamlRlConfig"),
     "reptile_rl": ("reptile_rl", "ReptileRlConfig"),
     "rl2": ("rl2", "RL2Config"),
+    "hypernetwork": ("Hypernetwork", "HypernetworkConfig"),
 }
 """Module's name to what makes its meta-learner, and the class of its settings.
 
