@@ -46,7 +46,7 @@ def meta_evaluate(context: StageContext) -> None:
     )
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([found.unit, *arms])
+    writer.writerow(["steps", *arms])
     for row, step in enumerate(found.steps):
         means = [values.mean(axis=0)[row if values.shape[1] > 1 else 0] for values in arms.values()]
         writer.writerow([step, *(f"{mean:.6g}" for mean in means)])

@@ -28,6 +28,14 @@ from stillhouse.envs.make import EnvironmentConfig, describe
 from stillhouse.envs.names import action_names, component_names
 from stillhouse.errors import StillhouseError
 from stillhouse.evaluation.rollouts import EvaluationConfig
+from stillhouse.meta.hypernetwork import HypernetworkConfig
+from stillhouse.meta.learned_update import MetaSGDConfig
+from stillhouse.meta.lstm_optimiser import LSTMOptimiserConfig
+from stillhouse.meta.maml import MAMLConfig
+from stillhouse.meta.maml_rl import MamlRlConfig
+from stillhouse.meta.reptile import ReptileConfig
+from stillhouse.meta.reptile_rl import ReptileRlConfig
+from stillhouse.meta.rl2 import RL2Config
 from stillhouse.multi_task.balancing import check_balancing
 from stillhouse.multi_task.distral import DistralConfig, check_shareable, learner_settings
 from stillhouse.multi_task.hard_sharing import HardSharingConfig
@@ -155,6 +163,29 @@ MultiTaskParams = Annotated[
 ]
 
 
+MetaParams = Annotated[
+    MAMLConfig
+    | MamlRlConfig
+    | ReptileConfig
+    | ReptileRlConfig
+    | MetaSGDConfig
+    | LSTMOptimiserConfig
+    | RL2Config
+    | HypernetworkConfig,
+    Field(discriminator="method"),
+]
+META_BUDGETS = ("meta_updates", "updates", "trajectories")  # what a method's budget is called
+
+
+class MetaEvaluationParams(Config):
+    """How meta-learners are judged."""
+
+    tasks: int = Field(default=100, ge=2, le=1_000_000, description="unseen tasks for each seed")
+    steps: int = Field(
+        default=10, ge=1, le=100_000, description="of adaptation: updates, or episodes of a trial"
+    )
+
+
 SourceName = Annotated[str, AfterValidator(_source)]
 
 # Ways in which a source is shown the target's observations.
@@ -209,12 +240,14 @@ class Params(Config):
     suite: Name
     seeds: list[Annotated[int, Field(ge=0, le=1_000_000)]] = Field(min_length=1, max_length=100)
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    environments: dict[Name, EnvironmentConfig] = Field(min_length=1)
-    train_teacher: dict[Name, TeacherConfig] = Field(min_length=1)
+    environments: dict[Name, EnvironmentConfig] = Field(default_factory=dict)
+    train_teacher: dict[Name, TeacherConfig] = Field(default_factory=dict)
     collect_dataset: dict[Name, CollectParams] = Field(default_factory=dict)
     distill_student: dict[Name, StudentParams] = Field(default_factory=dict)
     train_multi_task: dict[Name, MultiTaskParams] = Field(default_factory=dict)
     fine_tune: dict[Name, TransferParams] = Field(default_factory=dict)
+    meta_train: dict[Name, MetaParams] = Field(default_factory=dict)
+    meta_evaluate: MetaEvaluationParams = MetaEvaluationParams()
     evaluate: EvaluationConfig = EvaluationConfig()
     report: ReportParams = ReportParams()
     retraining: RetrainingParams = RetrainingParams()
@@ -237,6 +270,8 @@ class Params(Config):
                 )
 
         environments, teachers = list(self.environments), list(self.train_teacher)
+        if not teachers and not self.meta_train:
+            raise ValueError("at least one teacher (train_teacher) or meta-learner (meta_train) is needed")
         for name in self.train_teacher:
             check(name, environments, "train_teacher", "environment")
         for name in self.collect_dataset:
@@ -483,6 +518,7 @@ BY_NAME = (
     "distill_student",
     "train_multi_task",
     "fine_tune",
+    "meta_train",
 )
 
 
@@ -541,7 +577,7 @@ def _budget(value: Any) -> float:
 
 
 def _scaled(data: dict[str, Any], budget: float) -> dict[str, Any]:
-    """Every teacher's and learner's env steps and every student's updates, times ``budget``."""
+    """Every teacher's and learner's env steps, every student's updates and every meta-learner's budget, times ``budget``."""
     if budget != 1.0:
         learners = [
             *data["train_teacher"].values(),
@@ -556,6 +592,10 @@ def _scaled(data: dict[str, Any], budget: float) -> dict[str, Any]:
         ]:
             if isinstance(block.get(field), int):
                 block[field] = max(1, round(block[field] * budget))
+        for block in data["meta_train"].values():
+            for field in META_BUDGETS:
+                if field in block:
+                    block[field] = max(1, round(block[field] * budget))
     return data
 
 

@@ -52,6 +52,13 @@ _TEACHER = ("algorithm", "network", "critic", "gamma", "n_step", "reward_scale")
 # Env steps (or updates) per second on one core, only to start what takes longest first.
 SPEEDS = {"dqn": 2_500.0, "pqn": 20_000.0, "ppo": 15_000.0, "impala": 25_000.0, "unreal": 10_000.0}
 COSTS = {"progressive_2": 2.0, "progressive_random": 2.0, "progressive_3": 3.0, "rehearsal": 1.5}
+# What a meta-learner's curve is best drawn by, where it is not its loss.
+META_CURVES = {
+    "hypernetwork": "return",
+    "maml_rl": "return_after",
+    "reptile_rl": "return_after",
+    "rl2": "return",
+}
 
 # Ways of transfer that train what they take, head and all, and fit a head where the source's gives no Q-values.
 FITTED = ("auto", "discriminative", "full", "gradual", "head_only", "l2_sp", "rehearsal")
@@ -306,7 +313,7 @@ def stages_of(params: Params) -> list[Stage]:
                     params=[f"meta_train.{name}"],
                     outs=[base],
                     metrics=[f"{base}.json"],
-                    plots={f"{base}.csv": {"x": "meta_updates", "y": "loss"}},
+                    plots={f"{base}.csv": {"x": "meta_updates", "y": META_CURVES.get(learnt.method, "loss")}},
                     environments=[name],
                     cost=300.0,
                 )
@@ -318,9 +325,7 @@ def stages_of(params: Params) -> list[Stage]:
                     deps=[code("meta_evaluate", learnt.method), base],
                     params=[f"meta_train.{name}", "meta_evaluate"],
                     metrics=[f"{adapted}.json"],
-                    plots={
-                        f"{adapted}.csv": {"x": "updates", "y": learnt.method}
-                    },
+                    plots={f"{adapted}.csv": {"x": "steps", "y": learnt.method}},
                     environments=[name],
                     cost=20.0,
                 )
@@ -546,8 +551,7 @@ def top_level_plots(stages: Iterable[Stage]) -> list[dict[str, Any]]:
         ("train_multi_task", "env_steps"): "Joint networks",
         ("fine_tune", "env_steps"): "Transfer",
         ("meta_train", "meta_updates"): "Meta-training",
-        ("meta_evaluate", "updates"): "Adaptation",
-        ("meta_evaluate", "episodes"): "Episodes of a trial",
+        ("meta_evaluate", "steps"): "Adaptation",
         ("report", "environment"): "Evaluation",
     }
     plots = []
