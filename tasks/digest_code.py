@@ -38,6 +38,7 @@ _PACKAGES = {
     "meta_evaluate": "stillhouse.meta",
 }
 _ALGORITHMS = "stillhouse.agents"
+_FAMILIES = "stillhouse.envs"  # what comes after a method of meta-learning
 
 
 def kind_of(verb: str, *imported: str) -> str:
@@ -48,7 +49,8 @@ def kind_of(verb: str, *imported: str) -> str:
 def roots_of(kind: str) -> list[str]:
     """The modules where a kind's imports begin: its stage, and what the stage imports by name."""
     verb, *imported = kind.split("-")
-    packages = [_PACKAGES.get(verb, _ALGORITHMS), *[_ALGORITHMS] * len(imported)]
+    after = _FAMILIES if verb.startswith("meta_") else _ALGORITHMS
+    packages = [_PACKAGES.get(verb, _ALGORITHMS), *[after] * len(imported)]
     return [
         f"tasks.{verb}",
         *(f"{package}.{name}" for package, name in zip(packages, imported, strict=False)),

@@ -29,6 +29,11 @@ def meta_evaluate(context: StageContext) -> None:
     found = learner.evaluate(judged["tasks"], judged["steps"], context.seed)
     path = FOLDER / f"{context.name}-s{context.seed}"
     arms = {settings["method"]: found.values, **found.baselines}
+    with np.errstate(invalid="ignore", over="ignore"):  # what diverges has no mean
+        means = {name: _finite(values.mean(axis=0)) for name, values in arms.items()}
+        errors = {
+            name: _finite(values.std(axis=0, ddof=1) / np.sqrt(len(values))) for name, values in arms.items()
+        }
     write_json(
         path.with_suffix(".json"),
         {
@@ -37,20 +42,22 @@ def meta_evaluate(context: StageContext) -> None:
             "tasks": len(found.values),
             "steps": list(found.steps),
             # Means over the tasks and their standard errors; a single column stands for every step.
-            "means": {name: [float(mean) for mean in values.mean(axis=0)] for name, values in arms.items()},
-            "standard_errors": {
-                name: [float(error) for error in values.std(axis=0, ddof=1) / np.sqrt(len(values))]
-                for name, values in arms.items()
-            },
+            "means": means,
+            "standard_errors": errors,
         },
     )
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["steps", *arms])
     for row, step in enumerate(found.steps):
-        means = [values.mean(axis=0)[row if values.shape[1] > 1 else 0] for values in arms.values()]
-        writer.writerow([step, *(f"{mean:.6g}" for mean in means)])
+        shown = [values[row if len(values) > 1 else 0] for values in means.values()]
+        writer.writerow([step, *("" if mean is None else f"{mean:.6g}" for mean in shown)])
     write_atomic(path.with_suffix(".csv"), text.getvalue())
+
+
+def _finite(values: np.ndarray) -> list[float | None]:
+    """For JSON, which knows no other numbers."""
+    return [float(value) if np.isfinite(value) else None for value in values]
 
 
 if __name__ == "__main__":

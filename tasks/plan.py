@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ruamel.yaml import YAML
 
 from stillhouse.config import near
+from stillhouse.envs.families import FAMILIES
 from stillhouse.errors import StillhouseError
 from stillhouse.files import write_atomic
 from tasks.digest_code import FOLDER as CODE
@@ -59,6 +60,8 @@ META_CURVES = {
     "reptile_rl": "return_after",
     "rl2": "return",
 }
+
+BY_FAMILY = ("maml_rl", "reptile_rl")  # methods that import their family of environments by name
 
 # Ways of transfer that train what they take, head and all, and fit a head where the source's gives no Q-values.
 FITTED = ("auto", "discriminative", "full", "gradual", "head_only", "l2_sp", "rehearsal")
@@ -305,11 +308,15 @@ def stages_of(params: Params) -> list[Stage]:
     for name, learnt in sorted(params.meta_train.items()):
         for seed in seeds:
             base, adapted = f"data/meta/{name}-s{seed}", f"data/adaptation/{name}-s{seed}"
+            imported = [
+                learnt.method,
+                *([FAMILIES[learnt.family.name][0]] if learnt.method in BY_FAMILY else []),
+            ]
             stages.append(
                 Stage(
                     name=stage_name("meta_train", name, seed=seed),
                     argv=python("meta_train", name, "--seed", str(seed)),
-                    deps=[code("meta_train", learnt.method)],
+                    deps=[code("meta_train", *imported)],
                     params=[f"meta_train.{name}"],
                     outs=[base],
                     metrics=[f"{base}.json"],
@@ -322,7 +329,7 @@ def stages_of(params: Params) -> list[Stage]:
                 Stage(
                     name=stage_name("meta_evaluate", name, seed=seed),
                     argv=python("meta_evaluate", name, "--seed", str(seed)),
-                    deps=[code("meta_evaluate", learnt.method), base],
+                    deps=[code("meta_evaluate", *imported), base],
                     params=[f"meta_train.{name}", "meta_evaluate"],
                     metrics=[f"{adapted}.json"],
                     plots={f"{adapted}.csv": {"x": "steps", "y": learnt.method}},

@@ -167,7 +167,9 @@ def _meta(results: Results, name: str) -> MetaSummary:
     arms = {}
     for arm in first["means"]:
         # A single column stands for every step.
-        means = np.array([np.broadcast_to(run["means"][arm], len(first["steps"])) for run in found])
+        means = np.array(
+            [np.broadcast_to(np.array(run["means"][arm], np.float64), len(first["steps"])) for run in found]
+        )
         arms[arm] = [_over_seeds(column) for column in means.T]
     return MetaSummary(first["measure"], first["unit"], first["steps"], first["tasks"], arms)
 
@@ -339,7 +341,7 @@ def metrics(results: Results, summary: Summary) -> dict[str, Any]:
     """The numbers for ``dvc metrics``: plain, finite, seeds by name."""
 
     def number(value: Estimate | None) -> dict[str, float] | None:
-        if value is None:
+        if value is None or not np.isfinite(value.value):
             return None
         found = {"value": value.value}
         if value.interval is None:

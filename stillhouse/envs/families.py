@@ -28,7 +28,7 @@ FamilyName = Literal[
 CELLS = 10  # along each axis of a box of tasks
 _TEST_SHARE = 5  # one cell of so many is for testing
 
-_FAMILIES: dict[str, tuple[str, str]] = {
+FAMILIES: dict[str, tuple[str, str]] = {
     "navigation": ("navigation", "Navigation"),
     "navigation_distance": ("navigation", "NavigationDistance"),
     "cartpole": ("physics", "CartPoleFamily"),
@@ -36,6 +36,7 @@ _FAMILIES: dict[str, tuple[str, str]] = {
     "cheetah_direction": ("cheetah", "CheetahDirection"),
     "cheetah_velocity": ("cheetah", "CheetahVelocity"),
 }
+"""Name to the module of ``stillhouse.envs`` that holds it, and its class there."""
 
 
 class Family(Protocol):
@@ -113,7 +114,7 @@ def make_family(config: FamilyConfig) -> Family:
     Raises:
         StillhouseError: ranges that the family cannot take, or a simulator that is not installed.
     """
-    module, name = _FAMILIES[config.name]
+    module, name = FAMILIES[config.name]
     options: dict[str, Any] = {} if config.horizon is None else {"horizon": config.horizon}
     if config.ranges:
         if module != "physics":
