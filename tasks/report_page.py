@@ -535,7 +535,8 @@ def _meta_section(results: Results, summary: Summary) -> str:
     for name, found in summary.meta.items():
         settings = results.settings["meta_train"][name]
         title = f"{_MEASURES[found.measure]} on unseen tasks"
-        chart = charts.chart(_adaptation(found, len(results.seeds)), title, found.unit, size=(900, 280))
+        lines = _adaptation(found, len(results.seeds))
+        chart = charts.chart(lines, title, found.unit, y_range=_height(found, lines), size=(900, 280))
         family = settings.get("family") or settings.get("optimisee") or {}
         kind = escape(str(family.get("family", "")).replace("_", " "))
         cards.append(
@@ -561,6 +562,15 @@ def _adaptation(found: MetaSummary, seeds: int) -> list[charts.Line]:
         )
         for arm, values in found.arms.items()
     ]
+
+
+def _height(found: MetaSummary, lines: list[charts.Line]) -> tuple[float, float] | None:
+    """What is shown of errors: up to twice the largest before adaptation, so that what diverges leaves room for the others."""
+    if found.measure == "return":
+        return None
+    top = 2 * max(values[0].value for values in found.arms.values())
+    values = [value for line in lines for _, y in line.runs for value in y if math.isfinite(value)]
+    return (0.0, top) if values and max(values) > top else None
 
 
 def _adaptation_table(found: MetaSummary) -> str:

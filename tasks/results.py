@@ -164,8 +164,9 @@ def summarise(results: Results) -> Summary:
 def _meta(results: Results, name: str) -> MetaSummary:
     found = [results.meta[name][seed]["adaptation"] for seed in results.seeds]
     first = found[0]
+    method = str(results.settings["meta_train"][name]["method"])
     arms = {}
-    for arm in first["means"]:
+    for arm in [method, *sorted(set(first["means"]) - {method})]:
         # A single column stands for every step.
         means = np.array(
             [np.broadcast_to(np.array(run["means"][arm], np.float64), len(first["steps"])) for run in found]
