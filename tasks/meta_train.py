@@ -1,4 +1,8 @@
-"""Stage: meta-train on a family of tasks, by the method that its parameters name."""
+"""Stage: meta-train on a family of tasks, by the method that its parameters name.
+
+Where what is learnt is the initial policy of an ordinary network, that is a student too, ``data/students/<name>-s<seed>``: a source
+of transfer.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,9 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from stillhouse.checkpoint import save_state
+from stillhouse.checkpoint import save_checkpoint, save_state
 from stillhouse.config import parse
+from stillhouse.envs.make import EnvironmentConfig
 from stillhouse.files import write_json
 from stillhouse.meta import METHODS, MetaLearner
 from stillhouse.processor import use_one_core
@@ -15,6 +20,8 @@ from tasks.curve import Curve
 from tasks.stage import StageContext, main
 
 FOLDER = Path("data/meta")
+# Of the families whose policies are ordinary networks, the member that Gymnasium knows.
+PLAYED = {"cartpole": "stillhouse/CartPole-v1", "acrobot": "stillhouse/Acrobot-v1"}
 
 
 def make_meta_learner(settings: dict[str, Any], where: str, seed: int, device: str) -> MetaLearner:
@@ -50,6 +57,14 @@ def meta_train(context: StageContext) -> None:
         },
     )
     save_state(path, learner.learnt())
+    if (family := getattr(learner, "family", None)) and family.discrete:  # a policy like any student's
+        environment = EnvironmentConfig(id=PLAYED[family.name])
+        details = {
+            "environments": {family.name: environment.model_dump(mode="json")},
+            "algorithm": settings["method"],
+            "seed": context.seed,
+        }
+        save_checkpoint(Path("data/students") / path.name, learner.network(), details)  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

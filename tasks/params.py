@@ -24,6 +24,7 @@ from stillhouse.datasets.collect import CollectConfig
 from stillhouse.distillation.offline import DistillationConfig
 from stillhouse.distillation.on_policy import OnPolicyConfig
 from stillhouse.distillation.online import OnlineConfig
+from stillhouse.envs.families import FAMILIES
 from stillhouse.envs.make import EnvironmentConfig, describe
 from stillhouse.envs.names import action_names, component_names
 from stillhouse.errors import StillhouseError
@@ -177,6 +178,18 @@ MetaParams = Annotated[
 META_BUDGETS = ("meta_updates", "updates", "trajectories")  # what a method's budget is called
 
 
+class Initial(Config):
+    """A meta-learnt initial policy, as a student: its head is named after the family that it was learnt on."""
+
+    environments: Names
+
+
+def initialises(learnt: Any) -> str:
+    """The environment that a meta-learner's initial policy can play and start from; "" where it is no policy of such a network."""
+    by_family = learnt.method in ("maml_rl", "reptile_rl")
+    return learnt.family.name if by_family and FAMILIES[learnt.family.name][0] == "physics" else ""
+
+
 class MetaEvaluationParams(Config):
     """How meta-learners are judged."""
 
@@ -257,9 +270,15 @@ class Params(Config):
 
     @property
     def students(self) -> dict[str, Any]:
-        """Blocks of what lies under ``data/students/``: distilled from teachers, or by Distral from its own task policies."""
+        """Blocks of what lies under ``data/students/``: distilled from teachers, or by Distral from its own task policies, or
+        meta-learnt: an initial policy."""
         distral = {name: joint for name, joint in self.train_multi_task.items() if joint.method == "distral"}
-        return {**self.distill_student, **distral}
+        initial = {
+            name: Initial(environments=[environment])
+            for name, learnt in self.meta_train.items()
+            if (environment := initialises(learnt))
+        }
+        return {**self.distill_student, **distral, **initial}
 
     @model_validator(mode="after")
     def _names_exist(self) -> Params:
@@ -301,6 +320,11 @@ class Params(Config):
                     "one of them"
                 )
         students = self.students
+        for name in self.meta_train:
+            if name in self.distill_student or name in self.train_multi_task:
+                raise ValueError(
+                    f"meta_train.{name}: what it learns may be a student of that name, but there is another network {name!r}; rename one of them"
+                )
         for name, transfer in self.fine_tune.items():
             check(name, environments, "fine_tune", "environment")
             where = f"fine_tune.{name}"
@@ -323,6 +347,10 @@ class Params(Config):
                 if dot:
                     known = list(students[source].environments)
                     check(environment, known, f"{where}.sources", "environment of that student")
+                if source in self.meta_train:  # measured, and compared with the target, there
+                    check(
+                        initialises(self.meta_train[source]), environments, f"{where}.sources", "environment"
+                    )
             self._check_modes(where, transfer)
             for entry in transfer.sources:
                 shown = _shown_in(transfer, entry)

@@ -228,6 +228,35 @@ def stages_of(params: Params) -> list[Stage]:
                     cost=len(sources) * training_seconds(joint.learner),
                 )
             )
+    for name, learnt in sorted(params.meta_train.items()):
+        for seed in seeds:
+            base, adapted = f"data/meta/{name}-s{seed}", f"data/adaptation/{name}-s{seed}"
+            imported = [learnt.method, *_family_module(learnt)]
+            stages.append(
+                Stage(
+                    name=stage_name("meta_train", name, seed=seed),
+                    argv=python("meta_train", name, "--seed", str(seed)),
+                    deps=[code("meta_train", *imported)],
+                    params=[f"meta_train.{name}"],
+                    outs=[base, *([f"data/students/{name}-s{seed}"] if name in params.students else [])],
+                    metrics=[f"{base}.json"],
+                    plots={f"{base}.csv": {"x": "meta_updates", "y": META_CURVES.get(learnt.method, "loss")}},
+                    environments=[name],
+                    cost=300.0,
+                )
+            )
+            stages.append(
+                Stage(
+                    name=stage_name("meta_evaluate", name, seed=seed),
+                    argv=python("meta_evaluate", name, "--seed", str(seed)),
+                    deps=[code("meta_evaluate", *imported), base],
+                    params=[f"meta_train.{name}", "meta_evaluate"],
+                    metrics=[f"{adapted}.json"],
+                    plots={f"{adapted}.csv": {"x": "steps", "y": learnt.method}},
+                    environments=[name],
+                    cost=20.0,
+                )
+            )
     for name, transfer in sorted(params.fine_tune.items()):
         for mode, one in transfer_runs(transfer.modes, transfer.sources):
             entries = {entry.partition(".")[0]: entry for entry in transfer.sources}
@@ -303,38 +332,6 @@ def stages_of(params: Params) -> list[Stage]:
                     metrics=[f"data/evaluation/{name}-s{seed}.json"],
                     environments=[name],
                     cost=5.0 * (2 + len(networks)),
-                )
-            )
-    for name, learnt in sorted(params.meta_train.items()):
-        for seed in seeds:
-            base, adapted = f"data/meta/{name}-s{seed}", f"data/adaptation/{name}-s{seed}"
-            imported = [
-                learnt.method,
-                *([FAMILIES[learnt.family.name][0]] if learnt.method in BY_FAMILY else []),
-            ]
-            stages.append(
-                Stage(
-                    name=stage_name("meta_train", name, seed=seed),
-                    argv=python("meta_train", name, "--seed", str(seed)),
-                    deps=[code("meta_train", *imported)],
-                    params=[f"meta_train.{name}"],
-                    outs=[base],
-                    metrics=[f"{base}.json"],
-                    plots={f"{base}.csv": {"x": "meta_updates", "y": META_CURVES.get(learnt.method, "loss")}},
-                    environments=[name],
-                    cost=300.0,
-                )
-            )
-            stages.append(
-                Stage(
-                    name=stage_name("meta_evaluate", name, seed=seed),
-                    argv=python("meta_evaluate", name, "--seed", str(seed)),
-                    deps=[code("meta_evaluate", *imported), base],
-                    params=[f"meta_train.{name}", "meta_evaluate"],
-                    metrics=[f"{adapted}.json"],
-                    plots={f"{adapted}.csv": {"x": "steps", "y": learnt.method}},
-                    environments=[name],
-                    cost=20.0,
                 )
             )
     results = [path for stage in stages for path in [*stage.metrics, *stage.plots]]
@@ -418,6 +415,11 @@ def _transfer_fields(transfer: TransferParams, mode: str) -> list[str]:
     if transfer.learner.algorithm == "ppo" and mode in ("kickstart", *FITTED):
         fields += ["guide_weight", "guide_fraction"]
     return sorted(fields)
+
+
+def _family_module(learnt: Any) -> list[str]:
+    """The module that a method of meta-learning imports by name."""
+    return [FAMILIES[learnt.family.name][0]] if learnt.method in BY_FAMILY else []
 
 
 def _kind(params: Params, entry: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from stillhouse.checkpoint import load_state
+from stillhouse.checkpoint import load_checkpoint, load_state
 from stillhouse.errors import StillhouseError
 from stillhouse.types import Report
 from tasks import meta_train as training
@@ -31,6 +31,14 @@ SMALL: dict[str, dict[str, Any]] = {
         "rollouts": 2,
         "hidden": [4],
         "family": {"name": "navigation", "horizon": 5},
+    },
+    "initial": {
+        "method": "maml_rl",
+        "meta_updates": 1,
+        "tasks": 2,
+        "rollouts": 2,
+        "hidden": [4],
+        "family": {"name": "cartpole", "horizon": 5},
     },
     "bandits": {"method": "rl2", "updates": 2, "trials": 8, "minibatches": 2, "width": 4},
 }
@@ -103,6 +111,37 @@ def test_a_method_and_its_baselines_are_judged_after_every_step(run: Callable[..
     assert head == ["steps", "maml", "untrained"] and [row[0] for row in rows] == ["0", "1", "2"]
     assert float(rows[1][1]) == pytest.approx(found["means"]["maml"][1], rel=1e-5)
     assert load_state(Path("data/meta/maml-s0"))
+
+
+def test_an_initial_policy_is_a_student_and_a_source_of_transfer(
+    run: Callable[..., dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("initial")
+    network = load_checkpoint(Path("data/students/initial-s0")).network
+    assert list(network.spec.environments) == ["cartpole"] and network.spec.output == "logits"
+    monkeypatch.chdir(Path(__file__).parents[2])
+    suite = (
+        "seeds: [0]\nenvironments:\n  cartpole: {id: CartPole-v1}\n  long: {id: stillhouse/CartPole-v1, options: {pole_length: 1.5}}\n"
+        "meta_train:\n  initial: {method: maml_rl, family: {name: cartpole}}\n"
+        "fine_tune:\n  long: {sources: [SOURCE], modes: [full, scratch], learner: {algorithm: ppo, env_steps: 1000}}\n"
+    )
+    monkeypatch.setattr("tasks.params.SUITES", tmp_path)
+    path = tmp_path / "start.yaml"
+    path.write_text(suite.replace("SOURCE", "initial.cartpole"))
+    stages = {stage.name: stage for stage in stages_of(load_suite("start", []))}
+    assert stages["meta_train-initial-s0"].outs == ["data/meta/initial-s0", "data/students/initial-s0"]
+    moved = stages["fine_tune-long-full-initial-s0"]
+    assert "data/students/initial-s0" in moved.deps and "environments.cartpole" in moved.params
+    path.write_text(
+        suite.replace("SOURCE", "initial.cartpole").replace("  cartpole: {id: CartPole-v1}\n", "")
+    )
+    with pytest.raises(
+        StillhouseError, match="fine_tune.long.sources names 'cartpole', which is no environment"
+    ):
+        load_suite("start", [])
+    path.write_text(suite.replace("SOURCE", "initial").replace("name: cartpole", "name: navigation"))
+    with pytest.raises(StillhouseError, match="fine_tune.long.sources names 'initial', which is no student"):
+        load_suite("start", [])
 
 
 def test_what_diverges_has_no_number(
