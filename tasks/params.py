@@ -649,9 +649,15 @@ def check_environments(params: Params) -> None:
     """
     for name, config in params.environments.items():
         _check_module(name, config.module)
+    meta_sources = {
+        initialises(params.meta_train[source])
+        for transfer in params.fine_tune.values()
+        for source in (entry.partition(".")[0] for entry in transfer.sources)
+        if source in params.meta_train
+    }
     specs = {
         name: environment_spec(*describe(params.environments[name]), name)
-        for name in sorted({*params.train_teacher, *params.fine_tune})
+        for name in sorted({*params.train_teacher, *params.fine_tune, *meta_sources})
     }
     for name, joint in params.train_multi_task.items():
         if joint.method == "hard_sharing":

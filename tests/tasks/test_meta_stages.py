@@ -16,7 +16,7 @@ from stillhouse.types import Report
 from tasks import meta_train as training
 from tasks.meta_evaluate import meta_evaluate
 from tasks.meta_train import meta_train
-from tasks.params import load_suite
+from tasks.params import check_environments, load_suite
 from tasks.plan import stages_of
 from tasks.report_page import render
 from tasks.results import Results, metrics, summarise
@@ -128,7 +128,9 @@ def test_an_initial_policy_is_a_student_and_a_source_of_transfer(
     monkeypatch.setattr("tasks.params.SUITES", tmp_path)
     path = tmp_path / "start.yaml"
     path.write_text(suite.replace("SOURCE", "initial.cartpole"))
-    stages = {stage.name: stage for stage in stages_of(load_suite("start", []))}
+    params = load_suite("start", [])
+    check_environments(params)
+    stages = {stage.name: stage for stage in stages_of(params)}
     assert stages["meta_train-initial-s0"].outs == ["data/meta/initial-s0", "data/students/initial-s0"]
     moved = stages["fine_tune-long-full-initial-s0"]
     assert "data/students/initial-s0" in moved.deps and "environments.cartpole" in moved.params
