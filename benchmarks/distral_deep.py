@@ -202,7 +202,8 @@ def question() -> str:
         "episodes in training that found the goal, actions sampled; a seed has mazes of its own. The last tenth is the same share over the last tenth of "
         "the curve; greedy is that of the final policies with 5 % random actions, distilled greedy that of pi_0 alone. Every arm has IMPALA with the "
         f"same settings and the best of three costs per nat ({', '.join(f'{cost:g}' for cost in COSTS)}: Distral's 1/beta, else the weight of the entropy "
-        f"bonus), by the area on development seed {', '.join(map(str, CHOICE_SEEDS))}."
+        f"bonus), by the area on development seed {', '.join(map(str, CHOICE_SEEDS))}. Where these three lie was decided by looking at KL+ent_2col on that "
+        "seed; the learning rate is the same for all, tuned for none."
     )
 
 
