@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from stillhouse.files import write_atomic
-from tasks import transfer_page
+from tasks import meta_page, transfer_page
 from tasks.multi_task_page import MULTI_TASK
 from tasks.results_page import ONLINE_CURVE, POLICY_DISTILLATION, online_curve, render
 from tasks.stage import StageContext, main
@@ -28,6 +28,9 @@ def publish_results(context: StageContext) -> None:
     shared = {path.stem: read_study(path) for path in paths if path.parent == MULTI_TASK.folder}
     if shared:
         write_atomic(MULTI_TASK.path, render(MULTI_TASK, shared))
+    learnt = {path.stem: json.loads(path.read_text()) for path in paths if path.parent == meta_page.FOLDER}
+    if learnt:
+        write_atomic(meta_page.PAGE, meta_page.render(learnt))
     if moved:
         write_atomic(transfer_page.PAGE, transfer_page.render(moved))
 
