@@ -190,6 +190,7 @@ def result(study: str, runs: dict[str, dict[int, dict[str, Any]]]) -> dict[str, 
         "seeds": seeds,
         "order": list(arms),
         "arms": arms,
+        "missing": [arm for arm in STUDIES[study]["arms"] if arm not in runs],
         "published": STUDIES[study]["paper"],
     }
 
@@ -201,7 +202,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="where runs are kept")
     parser.add_argument("--study", choices=list(STUDIES), nargs="+", default=list(STUDIES))
     parser.add_argument("--seeds", type=int, nargs="+", help="development seeds: no result is written")
-    parser.add_argument("--arms", nargs="+", help="development: some arms only; no result is written")
+    parser.add_argument("--arms", nargs="+", help="some arms only; the result names those that are missing")
     arguments = parser.parse_args()
     use_one_core()
     for study in arguments.study:
@@ -216,7 +217,7 @@ def main() -> None:
                     shutil.rmtree(state_folder, ignore_errors=True)
                 runs.setdefault(arm, {})[seed] = json.loads(path.read_text())
                 print(study, arm, seed, runs[arm][seed]["returns"], runs[arm][seed]["baselines"], flush=True)
-        if not arguments.seeds and not arguments.arms:
+        if not arguments.seeds:
             save(f"meta_learning/{study}", result(study, runs))
 
 
