@@ -60,7 +60,7 @@ def filled(value: float) -> MultiTaskNetwork:
 
 
 def first_weight(network: MultiTaskNetwork) -> float:
-    return float(next(network.parameters()).flatten()[0])
+    return float(next(network.parameters()).detach().flatten()[0])
 
 
 def same(first: MultiTaskNetwork, second: MultiTaskNetwork) -> bool:
