@@ -77,9 +77,9 @@ class HypernetworkConfig(Config):
         "(weights), not at all (none: the baseline)",
     )
     tasks: int = Field(default=64, ge=1, le=4096, description="training tasks")
-    copies: int = Field(default=4, ge=1, le=256, description="environment copies of each task")
+    copies: int = Field(default=2, ge=1, le=256, description="environment copies of each task")
     updates: int = Field(
-        default=200, ge=1, le=1_000_000, description="rollouts of all copies, each learnt from once"
+        default=150, ge=1, le=1_000_000, description="rollouts of all copies, each learnt from once"
     )
     rollout_length: int = Field(
         default=32, ge=1, le=4096, description="env steps of each copy between updates"
@@ -91,10 +91,10 @@ class HypernetworkConfig(Config):
         max_length=8,
         description="the policy's hidden layers; the critic's too",
     )
-    encoder_width: int = Field(default=64, ge=1, le=4096, description="hidden width of the set encoder")
-    context: int = Field(default=16, ge=1, le=4096, description="numbers that are kept of a set")
+    encoder_width: int = Field(default=32, ge=1, le=4096, description="hidden width of the set encoder")
+    context: int = Field(default=8, ge=1, le=4096, description="numbers that are kept of a set")
     epochs: int = Field(default=4, ge=1, le=100, description="passes over each rollout")
-    minibatches: int = Field(default=8, ge=1, le=4096, description="gradient steps per pass")
+    minibatches: int = Field(default=4, ge=1, le=4096, description="gradient steps per pass")
     learning_rate: float = Field(default=1e-3, gt=0, le=1)
     learning_rate_decay: bool = Field(default=True, description="linearly to 0 over the updates")
     max_gradient_norm: float = Field(default=0.5, ge=0, description="0 does not clip")
@@ -347,7 +347,7 @@ class Hypernetwork:
             transitions: rows of :func:`stillhouse.envs.cartpole_family.transition_features`, float32 [n, 9]; none: what is played
                 before anything is known. All of them are used.
         """
-        given = torch.from_numpy(np.asarray(transitions, np.float32).reshape(1, -1, TRANSITION_WIDTH))
+        given = torch.from_numpy(np.array(transitions, np.float32).reshape(1, -1, TRANSITION_WIDTH))
         present = torch.ones(given.shape[:2], dtype=torch.bool)
         layers = self.policy.layers(given.to(self.device), present.to(self.device))
         return as_network(layers, 0, HEAD)

@@ -60,7 +60,7 @@ def filled(value: float) -> MultiTaskNetwork:
 
 
 def first_weight(network: MultiTaskNetwork) -> float:
-    return float(next(network.parameters()).flatten()[0])
+    return float(next(network.parameters()).detach().flatten()[0])
 
 
 def same(first: MultiTaskNetwork, second: MultiTaskNetwork) -> bool:
@@ -100,6 +100,7 @@ def test_the_ends_of_an_interpolation_are_the_sources() -> None:
         found = aggregate(config, {"one": one, "other": other}, {}, seed=0)
         assert same(found.network, wanted)
         assert found.network is not wanted and not found.network.training
+    assert same(average([one, other], [2.0, 0.0]), one)
     middle = aggregate(AggregationConfig(method="interpolation"), {"one": one, "other": other}, {}, seed=0)
     assert not same(middle.network, one) and not same(middle.network, other)
 
