@@ -4,6 +4,8 @@ import itertools
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from stillhouse.envs.tabular import TabularConfig
 from stillhouse.meta import mdp_baselines as baselines
@@ -144,3 +146,37 @@ def test_the_learners_baselines() -> None:
     found = baselines.play_mdps(TabularConfig(episodes=2), 10, 2, 0)
     assert set(found) == {"random", "greedy", "psrl"}
     assert all(returns.shape == (10, 2) for returns in found.values())
+
+
+@given(st.integers(0, 10**6), st.floats(0, 3))
+@settings(max_examples=50, deadline=None)
+def test_optimism_is_between_the_estimate_and_the_best(seed: int, width: float) -> None:
+    random = rng(seed)
+    chances, values = random.dirichlet(np.ones(5), (2, 3, 2)), random.normal(size=(2, 5))
+    flat, slack = np.moveaxis(chances, 3, 1), np.full((2, 3, 2), width)
+    found = baselines.optimistic_values(flat, slack, values)
+    estimate = (chances * values[:, None, None]).sum(-1)
+    assert (found >= estimate - 1e-12).all() and (found <= values.max(1)[:, None, None] + 1e-12).all()
+    assert (baselines.optimistic_values(flat, slack + 0.1, values) >= found - 1e-12).all()
+    # Two in L1 is any distribution.
+    if width >= 2:
+        np.testing.assert_allclose(found, np.broadcast_to(values.max(1)[:, None, None], found.shape))
+
+
+def test_what_is_known_before_an_episode() -> None:
+    """Every step's reward; every successor but an episode's last, which is where the next one begins."""
+    family = TabularConfig(states=3, actions=2, episode_length=4, episodes=3)
+    seen: list[Beliefs] = []
+
+    def plan(
+        known: Beliefs, family: TabularConfig, episode: np.ndarray, random: np.random.Generator
+    ) -> np.ndarray:
+        seen.append(Beliefs(*(each.copy() for each in known)))
+        return np.zeros((family.episode_length, *known.visits.shape))
+
+    returns = baselines.play(plan, family, 6, 3, 0, "x")
+    for episode, known in enumerate(seen):
+        assert (known.visits.sum((1, 2)) == 4 * episode).all()
+        assert (known.counts.sum((1, 2, 3)) == 3 * episode).all()
+        assert known.rewards.sum((1, 2)) == pytest.approx(returns[:, :episode].sum(1), abs=1e-5)
+    assert len(seen) == 3
