@@ -378,7 +378,7 @@ def by_func(weights: Weights, batch: TaskBatch, rate: float) -> Tensor:
     return losses.mean()
 
 
-def speed(rounds: int = 30) -> dict[str, Any]:
+def speed(rounds: int = 15) -> dict[str, Any]:
     """CPU time of a whole meta-update by three programs, in turn; all end with the same weights."""
     rate, ours, loop, func = (
         0.01,
