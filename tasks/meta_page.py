@@ -63,13 +63,12 @@ def returns_by_update(found: Found) -> list[str]:
         returns = np.array(found["arms"][name]["extra"]["returns"], np.float64)
         columns = [_over_seeds(column.tolist()) for column in returns.T]
         rows.append([name.replace("_", " "), *columns, *["" for _ in range(longest - len(columns))]])
-    for name, returns in found["published"].items():
-        shown = [_number(value) for value in returns]
-        rows.append([f"*{name}*", *shown, *["" for _ in range(longest - len(shown))]])
+    if found["published"]:
+        rows.append(["*MAML, the paper*", *(_number(value) for value in found["published"][:longest])])
     lines = table(["return after", *(f"{step} updates" for step in range(longest))], rows)
     if found["missing"]:
         lines += ["", f"Not run: {', '.join(found['missing'])}."]
-    return [*lines, "", f"{len(found['seeds'])} seeds. In italics: the paper's, by its own count of samples."]
+    return [*lines, "", f"{len(found['seeds'])} seeds. The paper judges the best of its iterates."]
 
 
 def bandits_table(found: Found) -> list[str]:

@@ -51,12 +51,12 @@ def test_returns_stand_over_the_papers() -> None:
         "oracle": {"scores": [[-1.0], [-1.0]], "extra": {"returns": [[-1.0], [-1.0]], "mean_returns": [-1.0]}},
     }  # fmt: skip
     found = study(
-        environments=["navigation"], arms=arms, order=["maml", "oracle"], missing=["pretrained"], published={"MAML": [-40.41, -11.68]}
+        environments=["navigation"], arms=arms, order=["maml", "oracle"], missing=["pretrained"], published=[-40.41, -11.68, -3.33]
     )  # fmt: skip
     page = render({"navigation": found})
     assert "| maml | −41.000 (−40.000 · −42.000) | −11.000 (−10.000 · −12.000) |" in page
     assert "| oracle | −1.000 (−1.000 · −1.000) |  |" in page
-    assert "| *MAML* | −40.4 | −11.7 |" in page and "Not run: pretrained." in page
+    assert "| *MAML, the paper* | −40.4 | −11.7 |" in page and "Not run: pretrained." in page
 
 
 def test_bandits_show_every_method_beside_the_paper() -> None:
