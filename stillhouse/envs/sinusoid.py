@@ -27,7 +27,8 @@ Split = Literal["training", "validation", "test"]
 
 CELLS = 20  # along an axis of the grid
 _PERIOD = 5  # of the splits' pattern: a fifth of the cells is for tests, another for validation
-_MARGIN = 1e-9  # of a cell, so that no rounding carries a task over its border
+_MARGIN = 1e-6  # of a cell, so that no rounding carries a task over its border;
+_NARROWEST = 1e-6  # and of an interval's larger end, below which it might
 
 
 class SinusoidConfig(Config):
@@ -55,6 +56,11 @@ class SinusoidConfig(Config):
             if low > high:
                 raise ValueError(
                     f"smallest_{name} {low:g} is above largest_{name} {high:g}; give them in this order"
+                )
+            if name != "input" and low < high < low + _NARROWEST * high:
+                raise ValueError(
+                    f"the interval from smallest_{name} {low!r} to largest_{name} {high!r} is too narrow to be cut into cells; give equal ends or a "
+                    "wider one"
                 )
         if self.smallest_input == self.largest_input:
             raise ValueError(

@@ -32,7 +32,10 @@ def test_values_by_hand() -> None:
 
 
 @given(
-    low=st.floats(0, 3), width=st.floats(0.0, 3), phases=st.floats(0.01, 2 * math.pi), seed=st.integers(0, 99)
+    low=st.floats(0, 3),
+    width=st.just(0.0) | st.floats(1e-5, 3),
+    phases=st.floats(0.01, 2 * math.pi),
+    seed=st.integers(0, 99),
 )
 def test_no_task_is_in_two_splits(low: float, width: float, phases: float, seed: int) -> None:
     config = SinusoidConfig(smallest_amplitude=low, largest_amplitude=low + width, largest_phase=phases)
@@ -101,6 +104,7 @@ def test_more_test_tasks_than_there_are_is_refused() -> None:
             },
             "a family with one member",
         ),
+        ({"smallest_amplitude": 1, "largest_amplitude": 1 + 1e-9}, "too narrow to be cut into cells"),
         ({"smallest_amplitude": 6}, "smallest_amplitude 6 is above largest_amplitude 5"),
         ({"smallest_input": 5}, "nothing to regress"),
         ({"largest_phase": 7}, "largest_phase"),
