@@ -83,12 +83,10 @@ def bandits_table(found: Found) -> list[str]:
                 else "–"
             )
             ours = f"{baseline['mean']:.2f} ± {baseline['standard_error']:.2f}"
-            rows.append([name.replace("_", " "), ours, f"{result['paper'][name]:g}", gain])
+            rows.append([name.replace("_", " "), ours, _published(result, name), gain])
         if result["rl2"]:
             seeds = " · ".join(f"{run['mean']:.2f}" for run in result["rl2"].values())
-            rows.append(
-                ["**RL²**", f"**{result['rl2_mean']:.2f}** ({seeds})", f"{result['paper']['rl2']:g}", ""]
-            )
+            rows.append(["**RL²**", f"**{result['rl2_mean']:.2f}** ({seeds})", _published(result, "rl2"), ""])
             config = next(iter(result["rl2"].values()))["config"]
             seconds = " · ".join(f"{run['seconds']:.0f}" for run in result["rl2"].values())
             about = f"GRU of {config['width']} units, {config['updates']:,} batches of {config['trials']:,} trials; {seconds} processor seconds."
@@ -108,6 +106,10 @@ def bandits_table(found: Found) -> list[str]:
         f"Every method plays the same {trials:,} test trials with the same noise; ± is a standard error, RL²'s seeds are in parentheses. Settings of the baselines "
         "were chosen on other trials, by the grids of the paper's code.",
     ]
+
+
+def _published(result: Found, name: str) -> str:
+    return f"{result['paper'][name]:.1f}" if name in result["paper"] else "–"
 
 
 def _setting(name: str) -> str:
