@@ -155,10 +155,16 @@ def as_study(name: str, seeds: list[int], found: dict[str, dict[int, dict[str, l
     random, teacher = returns.pop("random"), returns[reference]
     if name == "popart_scales":
         returns.pop("experts")
+    unlearnt = [
+        f"{environments[column]} on seed {seeds[row]}" for row, column in np.argwhere(~(teacher > random))
+    ]
     arms = {
         arm: {
             "returns": matrix.tolist(),
-            "scores": normalised_score(matrix, random, teacher).round(5).tolist(),
+            "scores": [
+                [None if np.isnan(score) else round(float(score), 5) for score in row]
+                for row in normalised_score(matrix, random, teacher)
+            ],
             "extra": {"training": [found[arm][seed]["training"] for seed in seeds]},
         }
         for arm, matrix in returns.items()
@@ -172,6 +178,9 @@ def as_study(name: str, seeds: list[int], found: dict[str, dict[int, dict[str, l
             "arms": arms,
             "order": list(arms),
             "reference": {"random": random.tolist(), "teacher": teacher.tolist()},
+            "notes": [f"{reference} learnt nothing in {'; '.join(unlearnt)}: no score is defined there."]
+            if unlearnt
+            else [],
             "provenance": provenance(),
         }
     )
