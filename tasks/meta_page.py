@@ -65,7 +65,7 @@ def returns_by_update(found: Found) -> list[str]:
         rows.append([name.replace("_", " "), *columns, *["" for _ in range(longest - len(columns))]])
     if found["published"]:
         rows.append(["*MAML, the paper*", *(_number(value) for value in found["published"][:longest])])
-    lines = table(["return after", *(f"{step} updates" for step in range(longest))], rows)
+    lines = table(["return after", *(f"{step} update{'s' * (step != 1)}" for step in range(longest))], rows)
     if found["missing"]:
         lines += ["", f"Not run: {', '.join(found['missing'])}."]
     return [*lines, "", f"{len(found['seeds'])} seeds. The paper judges the best of its iterates."]
