@@ -325,7 +325,7 @@ def optimiser_study(results: Mapping[str, list[dict[str, Any]]], seeds: list[int
     return {
         "study": "learned_optimiser",
         "question": (
-            "Does a learned optimiser leave a smaller loss after 100 steps than ordinary ones with their best learning rate (of a grid from 1e-4 to 100, four "
+            "Does a learned optimiser leave a smaller loss after 100 steps than ordinary ones with their best learning rate (of a grid from 1e-4 to 10, four "
             "to a decade, by the mean loss after 100 steps on other problems)? Mean loss of 128 test problems; smaller is better. Seeds are the LSTM's; "
             "each also draws its own test problems."
         ),

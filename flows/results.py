@@ -72,7 +72,7 @@ def transfer_rows(results: dict[str, Any]) -> list[list[str]]:
 def meta_rows(results: dict[str, Any]) -> list[list[str]]:
     """Meta-learner, arm, measure, and its value on unseen tasks before and after all adaptation."""
     table = []
-    for name, found in results["meta"].items():
+    for name, found in results.get("meta", {}).items():  # an older revision's have none
         for arm, values in found["arms"].items():
             first, *_, last = values if len(values) > 1 else [*values] * 2
             table.append([name, arm, found["measure"], _value(values[first]), _value(values[last])])

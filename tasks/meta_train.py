@@ -12,6 +12,7 @@ from typing import Any
 
 from stillhouse.checkpoint import save_checkpoint, save_state
 from stillhouse.config import parse
+from stillhouse.envs.families import PLAYED
 from stillhouse.envs.make import EnvironmentConfig
 from stillhouse.files import write_json
 from stillhouse.meta import METHODS, MetaLearner
@@ -20,8 +21,6 @@ from tasks.curve import Curve
 from tasks.stage import StageContext, main
 
 FOLDER = Path("data/meta")
-# Of the families whose policies are ordinary networks, the member that Gymnasium knows.
-PLAYED = {"cartpole": "stillhouse/CartPole-v1", "acrobot": "stillhouse/Acrobot-v1"}
 
 
 def make_meta_learner(settings: dict[str, Any], where: str, seed: int, device: str) -> MetaLearner:

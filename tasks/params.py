@@ -24,7 +24,7 @@ from stillhouse.datasets.collect import CollectConfig
 from stillhouse.distillation.offline import DistillationConfig
 from stillhouse.distillation.on_policy import OnPolicyConfig
 from stillhouse.distillation.online import OnlineConfig
-from stillhouse.envs.families import FAMILIES
+from stillhouse.envs.families import FAMILIES, PLAYED, make_family
 from stillhouse.envs.make import EnvironmentConfig, describe
 from stillhouse.envs.names import action_names, component_names
 from stillhouse.errors import StillhouseError
@@ -144,7 +144,10 @@ class SoftSharingParams(SoftSharingConfig):
 
 
 def _distrals_own(learner: Any) -> Any:
-    return learner_settings(learner) if isinstance(learner, dict) else learner
+    try:
+        return learner_settings(learner) if isinstance(learner, dict) else learner
+    except StillhouseError as error:
+        raise ValueError(str(error).removeprefix("learner.")) from None
 
 
 class DistralParams(DistralConfig):
@@ -152,6 +155,15 @@ class DistralParams(DistralConfig):
 
     environments: Names
     learner: Annotated[IMPALAConfig, BeforeValidator(_distrals_own), _NOT_ITS_OWN, _NOT_SHOWN]
+
+    @model_validator(mode="after")
+    def _no_lag_beside_a_second_column(self) -> DistralParams:
+        if self.columns == 2 and self.learner.policy_lag:
+            raise ValueError(
+                f"learner.policy_lag: {self.learner.policy_lag} was given, but the distilled policy, a part of what acts, has no lag; with two "
+                "columns 0 is allowed"
+            )
+        return self
 
 
 MULTI_TASK: dict[str, type[Config]] = {
@@ -175,6 +187,16 @@ MetaParams = Annotated[
     | HypernetworkConfig,
     Field(discriminator="method"),
 ]
+META_METHODS: dict[str, type[Config]] = {
+    "maml": MAMLConfig,
+    "maml_rl": MamlRlConfig,
+    "reptile": ReptileConfig,
+    "reptile_rl": ReptileRlConfig,
+    "learned_update": MetaSGDConfig,
+    "lstm_optimiser": LSTMOptimiserConfig,
+    "rl2": RL2Config,
+    "hypernetwork": HypernetworkConfig,
+}
 META_BUDGETS = ("meta_updates", "updates", "trajectories")  # what a method's budget is called
 
 
@@ -538,7 +560,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         ) from None
 
 
-SWITCHES = ("algorithm", "method")  # fields that decide which other fields there are
+SWITCHES = ("algorithm", "family", "method")  # fields that decide which other fields there are
 BY_NAME = (
     "environments",
     "train_teacher",
@@ -581,19 +603,37 @@ def apply_override(data: dict[str, Any], key: str, value: Any) -> None:
                     f"{key}: unknown parameter{near(part, list(block))}; there are {', '.join(block)}"
                 )
             block = block[part]
-        if path[-1] in SWITCHES and block.get(path[-1]) != value:
-            # The other's own defaults, not this one's settings; the budget, or what the student is, both have.
-            kept = {"env_steps", "gamma"}
-            if path[-1] == "method" and value in STUDENTS:
-                kept = {"environments", "loss", "temperature", "updates", "size", "parameter_fraction"}
-                kept &= set(STUDENTS[value].model_fields)
-            elif path[-1] == "method" and value in MULTI_TASK:
-                kept = {"environments", "learner", "reward_scales", "when_diverging"}
-                if value == "distral":  # whose rewards have the entropy in them
-                    block["learner"].pop("entropy_coefficient", None)
-            for field in set(block) - kept:
+        before = block.get(path[-1])
+        if path[-1] in SWITCHES and isinstance(before, str) and before != value:
+            for field in set(block) - _kept(first, path[-1], before, value):
                 del block[field]
+            if first == "train_multi_task" and value == "distral":  # whose rewards have the entropy in them
+                block["learner"].pop("entropy_coefficient", None)
         block[path[-1]] = value
+
+
+def _kept(verb: str, switch: str, before: str, value: Any) -> set[str]:
+    """Fields that stay when a block's algorithm, method or family changes. The rest are the new one's own defaults, not the old one's
+    settings; the budget, or what the student is, both have.
+    """
+    known: dict[str, dict[str, type[Config]]] = {
+        "distill_student": STUDENTS,
+        "train_multi_task": MULTI_TASK,
+        "meta_train": META_METHODS,
+    }
+    if switch == "family":
+        return set()
+    if switch != "method" or not isinstance(value, str) or value not in known.get(verb, {}):
+        return {"env_steps", "gamma"} if switch == "algorithm" else set()
+    if verb == "train_multi_task":
+        return {"environments", "learner", "reward_scales", "when_diverging"}
+    if verb == "meta_train":
+        old, new = META_METHODS[before].model_fields, META_METHODS[value].model_fields
+        same = {"family"} if "family" in old and "family" in new else set()
+        same = {field for field in same if old[field].annotation == new[field].annotation}
+        return same | (set(META_BUDGETS) & set(new))
+    kept = {"environments", "loss", "temperature", "updates", "size", "parameter_fraction"}
+    return kept & set(STUDENTS[value].model_fields)
 
 
 def _budget(value: Any) -> float:
@@ -659,6 +699,25 @@ def check_environments(params: Params) -> None:
         name: environment_spec(*describe(params.environments[name]), name)
         for name in sorted({*params.train_teacher, *params.fine_tune, *meta_sources})
     }
+    for name, learnt in params.meta_train.items():
+        where = f"meta_train.{name}"
+        if learnt.method in ("maml_rl", "reptile_rl"):
+            try:
+                make_family(learnt.family)
+            except StillhouseError as error:
+                said = str(error)
+                raise StillhouseError(
+                    f"{where}.{said}" if said.startswith("family.") else f"{where}.family: {said}"
+                ) from None
+        environment = initialises(learnt)
+        if environment in meta_sources or environment in params.train_teacher:
+            given, trained = params.environments[environment], EnvironmentConfig(id=PLAYED[environment])
+            if specs[environment] != environment_spec(*describe(trained), environment):
+                raise StillhouseError(
+                    f"environments.{environment}: {given.id} was given, but {where} learns a policy of that name for {trained.id}, with other "
+                    "observations or actions; rename the environment"
+                )
+    _check_datasets(params)
     for name, joint in params.train_multi_task.items():
         if joint.method == "hard_sharing":
             output = OUTPUTS[joint.learner.algorithm]
@@ -674,6 +733,27 @@ def check_environments(params: Params) -> None:
             if environment:
                 configs = [target, params.environments[environment]]
                 _check_correspondence(name, transfer, specs, environment, configs, _shown_in(transfer, entry))
+
+
+def _check_datasets(params: Params) -> None:
+    """Raises StillhouseError where a way of transfer reads the dataset of an environment that has no teacher to make one."""
+    for name, transfer in params.fine_tune.items():
+        value_based = transfer.learner.algorithm != "ppo"
+        for entry in transfer.sources:
+            source = entry.partition(".")[0]
+            if source not in params.meta_train:
+                continue
+            environment = initialises(params.meta_train[source])
+            needing = [
+                mode
+                for mode in transfer.modes
+                if mode == "rehearsal" or (value_based and mode not in (*SHOWN, "scratch"))
+            ]
+            if needing and environment not in params.train_teacher:
+                raise StillhouseError(
+                    f"fine_tune.{name}.modes: {needing[0]} reads a dataset of {environment!r}, which only a teacher there makes; add "
+                    f"train_teacher.{environment}, or take a way and a learner that need none (ppo with full, for example)"
+                )
 
 
 def _check_correspondence(

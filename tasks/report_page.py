@@ -538,7 +538,8 @@ def _meta_section(results: Results, summary: Summary) -> str:
         lines = _adaptation(found, len(results.seeds))
         chart = charts.chart(lines, title, found.unit, y_range=_height(found, lines), size=(900, 280))
         family = settings.get("family") or settings.get("optimisee") or {}
-        kind = escape(str(family.get("family", "")).replace("_", " "))
+        name_of = family.get("family") or family.get("name") or family.get("kind") or ""
+        kind = escape(str(name_of).replace("_", " "))
         cards.append(
             f'<article><h3>{escape(name)} <span class="id">{escape(str(settings["method"]))}</span></h3>'
             f'<p class="lead small">{kind.capitalize()}{": " if kind else ""}{found.tasks:,} unseen tasks for each seed.</p>'

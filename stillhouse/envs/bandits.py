@@ -45,7 +45,7 @@ class BanditConfig(Config):
         self, tasks: np.ndarray, random: np.random.Generator, episodes: int | None = None
     ) -> BanditTrials:
         """Trials of ``tasks`` [B, k], of ``episodes`` pulls or as many as the family has; all noise is drawn here."""
-        return BanditTrials(tasks, random, episodes or self.episodes)
+        return BanditTrials(tasks, random, self.episodes if episodes is None else episodes)
 
 
 class BanditTrials:

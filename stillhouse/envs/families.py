@@ -38,6 +38,9 @@ FAMILIES: dict[str, tuple[str, str]] = {
 }
 """Name to the module of ``stillhouse.envs`` that holds it, and its class there."""
 
+PLAYED = {"cartpole": "stillhouse/CartPole-v1", "acrobot": "stillhouse/Acrobot-v1"}
+"""Families whose policies are ordinary networks, to the id of their usual member."""
+
 
 class Family(Protocol):
     """What a meta-learner needs of a family.

@@ -100,13 +100,15 @@ def _spirals(config: OptimiseeConfig, random: list[np.random.Generator], steps: 
     starts = np.zeros((count, config.size), np.float32)
     for index, each in enumerate(random):
         rotation, turns = each.uniform(0, 2 * math.pi), each.uniform(0.5, 1.0)
-        radius = np.sqrt(each.random((steps, 2 * half)))
+        starts[index, : 2 * hidden] = each.standard_normal(2 * hidden) / math.sqrt(2)
+        starts[index, 3 * hidden : 5 * hidden] = each.standard_normal(2 * hidden) / math.sqrt(hidden)
+        # Step after step, so that a longer run begins as a shorter one does.
+        drawn = [(each.random(2 * half), each.standard_normal((2 * half, 2))) for _ in range(steps)]
+        radius = np.sqrt(np.stack([one for one, _ in drawn]))
         angle = rotation + 2 * math.pi * turns * radius
         angle[:, half:] += math.pi  # the second spiral
         points[index] = radius[..., None] * np.stack([np.cos(angle), np.sin(angle)], axis=-1)
-        points[index] += _NOISE * each.standard_normal(points[index].shape)
-        starts[index, : 2 * hidden] = each.standard_normal(2 * hidden) / math.sqrt(2)
-        starts[index, 3 * hidden : 5 * hidden] = each.standard_normal(2 * hidden) / math.sqrt(hidden)
+        points[index] += _NOISE * np.stack([noise for _, noise in drawn])
     inputs = torch.from_numpy(points).transpose(0, 1).contiguous().to(device)  # [steps, M, minibatch, 2]
     sign = torch.ones(2 * half, device=device)
     sign[:half] = -1

@@ -59,7 +59,7 @@ class TabularConfig(Config):
         self, tasks: np.ndarray, random: np.random.Generator, episodes: int | None = None
     ) -> TabularTrials:
         """Trials of ``tasks`` [B, S, A, S + 1], of ``episodes`` or as many as the family has; all noise is drawn here."""
-        return TabularTrials(self, tasks, random, episodes or self.episodes)
+        return TabularTrials(self, tasks, random, self.episodes if episodes is None else episodes)
 
 
 class TabularTrials:

@@ -1,7 +1,8 @@
 """Meta-learning: what is learnt on a distribution of tasks makes a new task of it quick to learn.
 
 One file per method, loaded by name so that a stage depends on the code of its own method only. A task of a family (a sinusoid, a goal,
-a bandit) is an array of its parameters; tasks for training and for testing come from disjoint parts of the family.
+a bandit) is an array of its parameters. Tasks for training and for testing come from disjoint parts of the family, or, where it is a
+distribution that nothing is cut from (bandits, random MDPs), from streams that share no draw; a family of two members has no split, and says so.
 """
 
 from __future__ import annotations

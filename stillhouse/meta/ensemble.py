@@ -95,7 +95,8 @@ class Ensemble:
         if self.combine == "probabilities":
             return policies
         votes = torch.nn.functional.one_hot(outputs.argmax(2), outputs.shape[2]).float().mean(0)
-        return torch.log((votes + _TIE_BREAK * policies.exp()) / (1 + _TIE_BREAK))
+        # In logarithms: a probability that is too small for a float32 has a finite one.
+        return torch.logaddexp(votes.log(), policies + np.log(_TIE_BREAK)) - np.log1p(_TIE_BREAK)
 
     def _members(self, observations: np.ndarray) -> Tensor:
         given = torch.from_numpy(observations).to(self._device)

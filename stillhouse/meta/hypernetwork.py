@@ -47,6 +47,7 @@ from stillhouse.envs.vector import VectorEnvironment
 from stillhouse.errors import StillhouseError
 from stillhouse.losses.policy_gradient import ClippedLoss, clipped_loss, normalise
 from stillhouse.meta import Adaptation
+from stillhouse.networks.batched import take_over
 from stillhouse.networks.conditioned import (
     ConditionedPolicy,
     Conditioning,
@@ -119,6 +120,10 @@ class HypernetworkConfig(Config):
     def _whole_minibatches(self) -> Self:
         if self.minibatches > self.tasks * self.copies:
             raise ValueError("at most tasks * copies minibatches are allowed")
+        if self.rollout_length < 2:
+            raise ValueError(
+                "a rollout_length of at least 2 is allowed: a row of each may be spent on a reset"
+            )
         if any(not 1 <= width <= 8192 for width in self.widths):
             raise ValueError("widths from 1 to 8192 are allowed")
         return self
@@ -396,8 +401,12 @@ class Hypernetwork:
         return {name: tensor.detach().clone() for name, tensor in self.policy.state_dict().items()}
 
     def load(self, learnt: dict[str, Any]) -> None:
-        """Take over what :meth:`learnt` gave."""
-        self.policy.load_state_dict({name: torch.as_tensor(value) for name, value in learnt.items()})
+        """Take over what :meth:`learnt` gave.
+
+        Raises:
+            StillhouseError: it is of another structure.
+        """
+        take_over(dict(self.policy.state_dict()), learnt)
 
     def get_state(self) -> dict[str, Any]:
         """The whole training state, between two reports."""

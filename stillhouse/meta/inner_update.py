@@ -19,7 +19,7 @@ Everything is of N tasks at once: row i of [N, P] is task i's parameters.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from stillhouse.errors import StillhouseError
 from stillhouse.meta import Adaptation
 from stillhouse.meta.stochastic_policy import StochasticPolicy
 from stillhouse.meta.trajectories import Batch, make_batch, play
+from stillhouse.processor import exact_products
 
 Surrogate = Literal["ratio", "log_probability"]
 
@@ -41,7 +42,7 @@ class PolicyGradientConfig(Config):
     """What all methods with a policy gradient inside have in common."""
 
     family: FamilyConfig = FamilyConfig()
-    hidden: tuple[int, ...] = Field(
+    hidden: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(
         default=(100, 100), min_length=1, max_length=8, description="widths of the policy's hidden layers"
     )
     initial_std: float = Field(
@@ -140,6 +141,7 @@ def pull_back(
     return gradients
 
 
+@exact_products()
 def adapt(
     config: PolicyGradientConfig,
     policy: StochasticPolicy,

@@ -17,7 +17,7 @@ Deviations, and choices:
 
 1. ``surrogate: ratio`` (the low variance curvature of ProMP) is the default; the authors' code has ``log_probability``.
 2. The last iterate is what was learnt; the paper takes the best of its iterations.
-3. The curvature is taken on a share of the trajectories (``curvature_share``), and damped. The line search uses all of them, so the
+3. The curvature's Hessians and Fisher matrices are of a share of the trajectories (``curvature_share``), and damped. The line search uses all of them, so the
    bound on the KL holds for what was sampled whatever the curvature is worth.
 4. The policy is the project's network (ReLU, 2 x 100 as in the paper; head 100 times smaller at first), its Gaussian in units of the action's range.
    Log standard deviations are adapted like all parameters.
@@ -52,6 +52,7 @@ from stillhouse.meta.stochastic_policy import StochasticPolicy
 from stillhouse.meta.trajectories import Batch, make_batch, play, some_of
 from stillhouse.meta.trust_region import trust_region_step
 from stillhouse.networks.multi_task import MultiTaskNetwork
+from stillhouse.processor import exact_products
 from stillhouse.types import Report
 
 
@@ -167,6 +168,7 @@ class MamlRl:
                 self.compared.update()
             yield Report(self.updates, self.config.meta_updates, metrics)
 
+    @exact_products()
     def update(self) -> dict[str, float]:
         """One meta-update; its metrics."""
         config = self.config
@@ -244,7 +246,7 @@ class MamlRl:
         initial = self.initial.data
         gradient, before = self.meta_gradient(initial, batches)
         some = [some_of(batch, config.curvature_share) for batch in batches]
-        chain = self.adapted(initial, some)
+        chain = self.adapted(initial, batches)  # where the KL is bounded
         last = batches[-1]
 
         def product(vector: Tensor) -> Tensor:
@@ -348,4 +350,8 @@ class MamlRl:
     def load(self, learnt: dict[str, Any]) -> None:
         self.initial.data.copy_(self.policy.check(np.array(learnt["initial"])))
         if self.compared is not None:
+            if "pretrained" not in learnt:
+                raise StillhouseError(
+                    "pretrained: what was learnt has no pretrained policy beside it; set pretrained to false, or meta-train with it"
+                )
             self.compared.load({"initial": learnt["pretrained"]})

@@ -32,6 +32,7 @@ from stillhouse.meta.inner_update import PolicyGradientConfig, compare, inner_gr
 from stillhouse.meta.stochastic_policy import StochasticPolicy
 from stillhouse.meta.trajectories import make_batch, play
 from stillhouse.networks.multi_task import MultiTaskNetwork
+from stillhouse.processor import exact_products
 from stillhouse.types import Report
 
 
@@ -88,6 +89,7 @@ class ReptileRl:
             metrics = self.update()
             yield Report(self.updates, self.config.meta_updates, metrics)
 
+    @exact_products()
     def update(self) -> dict[str, float]:
         """One meta-update; its metrics: returns before the first and before the last inner update."""
         config = self.config

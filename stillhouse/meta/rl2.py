@@ -395,7 +395,14 @@ class RL2:
         """Play trials of ``steps`` episodes in so many tasks; the value after i episodes is the return of the next one.
 
         The baselines play the same tasks with the same noise. Nothing of the learner changes.
+
+        Raises:
+            StillhouseError: fewer than one task or episode.
         """
+        if tasks < 1 or steps < 1:
+            raise StillhouseError(
+                f"tasks and steps of at least 1 are allowed, but {tasks} and {steps} were given: a trial has an episode or more"
+            )
         family = self.config.family
         return Adaptation(
             "return",

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from stillhouse.checkpoint import load_checkpoint, load_state
 from stillhouse.errors import StillhouseError
+from stillhouse.meta import Adaptation
 from stillhouse.types import Report
 from tasks import meta_train as training
 from tasks.meta_evaluate import meta_evaluate
@@ -146,6 +149,86 @@ def test_an_initial_policy_is_a_student_and_a_source_of_transfer(
         load_suite("start", [])
 
 
+META = (
+    "seeds: [0]\nenvironments:\n  cartpole: {id: CartPole-v1}\n  long: {id: stillhouse/CartPole-v1, options: {pole_length: 1.5}}\n"
+    "meta_train:\n  m: {method: maml_rl, meta_updates: 77, family: {name: cartpole}}\n"
+)
+MOVED = "fine_tune:\n  long: {sources: [m.cartpole], modes: [WAY], learner: {algorithm: LEARNER, env_steps: 1000}}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "said"),
+    [
+        (META + MOVED.replace("WAY", "full").replace("LEARNER", "pqn"), [], "full reads a dataset of 'cartpole'"),
+        (META + MOVED.replace("WAY", "rehearsal").replace("LEARNER", "ppo"), [], "rehearsal reads a dataset of"),
+        (META.replace("name: cartpole", "name: cartpole, ranges: {mass: [1, 2]}"), [], "meta_train.m.family.ranges: cartpole has no 'mass'"),
+        (META, ["meta_train.m.method=distral"], "meta_train.m: Input tag 'distral'"),
+        (META, ["meta_train.m.method=[maml]"], "meta_train.m: Input tag"),
+        (
+            META.replace("CartPole-v1}", "MinAtar/Breakout-v0}", 1) + MOVED.replace("WAY", "full").replace("LEARNER", "ppo"),
+            [],
+            "MinAtar/Breakout-v0 was given, but meta_train.m learns a policy of that name",
+        ),
+    ],
+)  # fmt: skip
+def test_mistakes_are_refused_before_any_work(
+    text: str, overrides: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.params.SUITES", tmp_path)
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(StillhouseError, match=re.escape(said)):
+        check_environments(load_suite("mine", overrides))
+
+
+def test_another_method_keeps_the_budget_and_a_family_that_both_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.params.SUITES", tmp_path)
+    (tmp_path / "mine.yaml").write_text(
+        META + "  b: {method: rl2, gamma: 0.9, family: {family: bandits, arms: 3}}\n"
+    )
+    found: Any = load_suite("mine", ["meta_train.m.method=reptile_rl"]).meta_train["m"]
+    assert (found.method, found.meta_updates, found.family.name) == ("reptile_rl", 77, "cartpole")
+    found = load_suite("mine", ["meta_train.b.method=maml"]).meta_train["b"]
+    assert found.method == "maml"
+    found = load_suite("mine", ["meta_train.b.family.family=tabular"]).meta_train["b"]
+    assert found.family.family == "tabular" and found.gamma == 0.9
+    monkeypatch.undo()
+    with pytest.raises(StillhouseError, match="distill_student.small"):
+        load_suite("quickstart", ["distill_student.method=distral"])
+
+
+def test_a_family_of_two_is_judged_on_both(
+    run: Callable[..., dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Family:
+        discrete = False
+
+        def members(self, split: str) -> int:
+            return 2
+
+    class Two:
+        columns = {"loss/query": "loss"}
+        family = Family()
+
+        def train(self) -> Iterator[Report]:
+            yield Report(1, 1, {"loss/query": 1.0})
+
+        def learnt(self) -> dict[str, Any]:
+            return {"weight": 1.0}
+
+        def load(self, learnt: dict[str, Any]) -> None:
+            pass
+
+        def evaluate(self, tasks: int, steps: int, seed: int) -> Adaptation:
+            return Adaptation("return", "updates", [0], np.zeros((tasks, 1)))
+
+    for module in ("tasks.meta_train", "tasks.meta_evaluate"):
+        monkeypatch.setattr(f"{module}.make_meta_learner", lambda *_: Two())
+    run("maml")
+    assert json.loads(Path("data/adaptation/maml-s0.json").read_text())["tasks"] == 2
+
+
 def test_what_diverges_has_no_number(
     run: Callable[..., dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,11 +244,7 @@ def test_what_diverges_has_no_number(
         def load(self, learnt: dict[str, Any]) -> None:
             assert learnt == {"weight": 1.0}
 
-        def evaluate(self, tasks: int, steps: int, seed: int) -> Any:
-            import numpy as np
-
-            from stillhouse.meta import Adaptation
-
+        def evaluate(self, tasks: int, steps: int, seed: int) -> Adaptation:
             return Adaptation("mse", "updates", [0, 1], np.array([[1.0, np.inf], [3.0, 2.0]]))
 
     for module in ("tasks.meta_train", "tasks.meta_evaluate"):
