@@ -257,7 +257,8 @@ def sinusoid_notes(arms: Mapping[str, Any]) -> list[str]:
     lines = []
     for name in (MAML_LONG, MAML, PRETRAINING):
         if name in arms:
-            found = "/".join(f"{mean(name, 5, steps):.3f}" for steps in SHOWN)
+            means = [mean(name, 5, steps) for steps in SHOWN]
+            found = "/".join("diverged" if math.isnan(each) else f"{each:.3f}" for each in means)
             paper = "2.41/2.23/2.19" if name == PRETRAINING else "0.67/0.38/0.35"
             lines.append(f"{name}: 5-shot error after 1/5/10 steps {found}; the paper's Table 2 has {paper}.")
     if {MAML, META_SGD} <= set(arms):

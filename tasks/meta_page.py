@@ -45,14 +45,21 @@ def _over_seeds(values: list[float | None]) -> str:
 def values_table(found: Found) -> list[str]:
     """A row for each arm, a column for each of what was measured: means over the seeds."""
     study = _study(found)
+    budgets = any("meta_updates" in arm.extra for arm in study.arms.values())
     rows = []
     for name in study.names():
         arm = study.arms[name]
+        budget = [charts.short(arm.extra["meta_updates"])] if budgets else []
         measured = dict(zip(study.columns(arm), array(arm.scores).T.tolist(), strict=True))
         rows.append(
-            [name, *(_over_seeds(measured[key]) if key in measured else "–" for key in study.environments)]
+            [
+                name,
+                *budget,
+                *(_over_seeds(measured[key]) if key in measured else "–" for key in study.environments),
+            ]
         )
-    return [*table(["", *study.environments], rows), "", f"{len(study.seeds)} seeds."]
+    head = ["", *(["meta-updates"] if budgets else []), *study.environments]
+    return [*table(head, rows), "", f"{len(study.seeds)} seeds."]
 
 
 def returns_by_update(found: Found) -> list[str]:
