@@ -42,7 +42,7 @@ def arm(results: Results, name: str, joint: bool) -> dict[str, Any]:
     random = matrix(results, environments, lambda run: float(run["random"]["mean"]))
     teacher = matrix(results, environments, lambda run: float(run["teacher"]["greedy"]["mean"]))
     own = results.joint if joint else results.students
-    settings = results.settings["train_multi_task" if joint else "distill_student"][name]
+    settings = results.settings["train_multi_task"][name] if joint else results.made_by(name)[1]
     extra: dict[str, Any] = {"method": str(settings["method"]).replace("_", " ")}
     if joint:
         extra |= {"balancing": settings.get("balancing", ""), "learner": settings["learner"]["algorithm"]}
@@ -55,7 +55,7 @@ def arm(results: Results, name: str, joint: bool) -> dict[str, Any]:
             [None if np.isnan(score) else round(float(score), 5) for score in row]
             for row in normalised_score(returns, random, teacher)
         ],
-        "parameters": own[name][results.seeds[0]]["parameters"],
+        "parameters": results.evaluations[environments[0]][results.seeds[0]][kind][name]["parameters"],
         "extra": extra | {"env_steps": experience(results, name, joint)},
     }
 

@@ -208,6 +208,12 @@ def promote_by_hand(checkout: Path, name: str, run: str = "") -> str:
     with one_at_a_time(checkout):
         start = standing(checkout)
         params = read_params(source)
+        distilled = params.get("distill_student") or {}
+        if found[name][1] not in distilled:
+            raise StillhouseError(
+                f"{name}: suite {params['suite']} does not distil this student from teachers, and what is in production is trained on with its "
+                f"teachers; a student of distill_student can be put into production: {', '.join(distilled) or 'there is none'}"
+            )
         generation = next_generation(checkout) if _known(checkout) else 0
         given = {
             "generation": generation,

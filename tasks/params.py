@@ -29,6 +29,7 @@ from stillhouse.envs.make import EnvironmentConfig, describe
 from stillhouse.envs.names import action_names, component_names
 from stillhouse.errors import StillhouseError
 from stillhouse.evaluation.rollouts import EvaluationConfig
+from stillhouse.meta.aggregation import AggregationConfig
 from stillhouse.meta.hypernetwork import HypernetworkConfig
 from stillhouse.meta.learned_update import MetaSGDConfig
 from stillhouse.meta.lstm_optimiser import LSTMOptimiserConfig
@@ -200,10 +201,22 @@ META_METHODS: dict[str, type[Config]] = {
 META_BUDGETS = ("meta_updates", "updates", "trajectories")  # what a method's budget is called
 
 
-class Initial(Config):
-    """A meta-learnt initial policy, as a student: its head is named after the family that it was learnt on."""
+class AggregateParams(AggregationConfig):
+    """One student from several: whose weights are averaged, and how."""
+
+    members: list[Name] = Field(
+        min_length=2,
+        max_length=100,
+        description="students of the same environments and of one structure, by their names",
+    )
+
+
+class Derived(Config):
+    """What is a student without a block of ``distill_student``: a meta-learnt initial policy, whose head is named after the family
+    that it was learnt on, or an aggregate of students."""
 
     environments: Names
+    loss: str = "kl"
 
 
 def initialises(learnt: Any) -> str:
@@ -280,6 +293,7 @@ class Params(Config):
     collect_dataset: dict[Name, CollectParams] = Field(default_factory=dict)
     distill_student: dict[Name, StudentParams] = Field(default_factory=dict)
     train_multi_task: dict[Name, MultiTaskParams] = Field(default_factory=dict)
+    aggregate: dict[Name, AggregateParams] = Field(default_factory=dict)
     fine_tune: dict[Name, TransferParams] = Field(default_factory=dict)
     meta_train: dict[Name, MetaParams] = Field(default_factory=dict)
     meta_evaluate: MetaEvaluationParams = MetaEvaluationParams()
@@ -293,10 +307,23 @@ class Params(Config):
     @property
     def students(self) -> dict[str, Any]:
         """Blocks of what lies under ``data/students/``: distilled from teachers, or by Distral from its own task policies, or
-        meta-learnt: an initial policy."""
+        meta-learnt: an initial policy; or averaged from other students."""
+        found = self._single_students
+        averaged = {
+            name: Derived(
+                environments=list(found[block.members[0]].environments),
+                loss=getattr(found[block.members[0]], "loss", "kl"),
+            )
+            for name, block in self.aggregate.items()
+        }
+        return {**found, **averaged}
+
+    @property
+    def _single_students(self) -> dict[str, Any]:
+        """All but the averaged."""
         distral = {name: joint for name, joint in self.train_multi_task.items() if joint.method == "distral"}
         initial = {
-            name: Initial(environments=[environment])
+            name: Derived(environments=[environment])
             for name, learnt in self.meta_train.items()
             if (environment := initialises(learnt))
         }
@@ -341,12 +368,16 @@ class Params(Config):
                     f"train_multi_task.{name}: its distilled policy is a student of the same name, but distill_student has {name!r} too; rename "
                     "one of them"
                 )
-        students = self.students
         for name in self.meta_train:
             if name in self.distill_student or name in self.train_multi_task:
                 raise ValueError(
                     f"meta_train.{name}: what it learns may be a student of that name, but there is another network {name!r}; rename one of them"
                 )
+        for name, average in self.aggregate.items():
+            for member in average.members:
+                check(member, list(self._single_students), f"aggregate.{name}.members", "student")
+            self._check_aggregate(name, average)
+        students = self.students
         for name, transfer in self.fine_tune.items():
             check(name, environments, "fine_tune", "environment")
             where = f"fine_tune.{name}"
@@ -388,6 +419,7 @@ class Params(Config):
             ("train_multi_task", self.train_multi_task),
         ):
             lists |= {f"{block}.{name}.environments": list(x.environments) for name, x in networks.items()}
+        lists |= {f"aggregate.{name}.members": list(x.members) for name, x in self.aggregate.items()}
         for name, transfer in self.fine_tune.items():
             lists[f"fine_tune.{name}.sources"] = [entry.partition(".")[0] for entry in transfer.sources]
             lists[f"fine_tune.{name}.modes"] = list(transfer.modes)
@@ -395,6 +427,35 @@ class Params(Config):
             if len(set(values)) != len(values):
                 raise ValueError(f"{where}: each may stand once only")
         return self
+
+    def _check_aggregate(self, name: str, block: AggregateParams) -> None:
+        """Raises ValueError where the members cannot be averaged, or the name is another network's."""
+        where, (first, *others) = f"aggregate.{name}", block.members
+        if name in self._single_students or name in self.train_multi_task or name in self.meta_train:
+            raise ValueError(f"{where}: there is another network {name!r}; rename one of them")
+        known = self._single_students
+        for environment in known[first].environments:
+            if environment not in self.environments:
+                raise ValueError(
+                    f"{where}.members: {first!r} knows {environment!r}, which is no environment of this suite; add it to environments"
+                )
+        for other in others:
+            sides = [_structure(known[each]) for each in (first, other)]
+            for field in sides[0]:
+                if sides[0][field] != sides[1].get(field, sides[0][field]):
+                    raise ValueError(
+                        f"{where}.members: {first!r} and {other!r} differ in {field} ({sides[0][field]}, {sides[1][field]}), and only networks of "
+                        "one structure can be averaged; name students that are alike in it"
+                    )
+        for weighted in block.weights:
+            if weighted not in block.members:
+                raise ValueError(
+                    f"{where}.weights: {weighted!r} is no member; there are {', '.join(block.members)}"
+                )
+        if block.method == "interpolation" and others[1:]:
+            raise ValueError(
+                f"{where}.members: interpolation is for 2 students, and {len(block.members)} are named; take weighted or uniform_soup"
+            )
 
     @model_validator(mode="after")
     def _memories_are_learnt_and_played_only(self) -> Params:
@@ -446,6 +507,17 @@ class Params(Config):
                 f"{where}.probe_fraction: {transfer.probe_fraction} of the budget for each of {len(transfer.sources)} sources and scratch "
                 "leaves nothing to train with; lower it, or name fewer sources"
             )
+
+
+def _structure(student: Any) -> dict[str, Any]:
+    """What of a student's network its block decides."""
+    found = {"environments": ", ".join(sorted(student.environments))}
+    if hasattr(student, "loss"):
+        found["outputs"] = "Q-values" if student.loss == "mse" else "logits"
+    for field in ("parameter_fraction", "size"):
+        if hasattr(student, field):
+            found[field] = str(getattr(student, field))
+    return found
 
 
 def _check_memory(where: str, size: NetworkSize, algorithm: str) -> bool:
@@ -512,7 +584,8 @@ def _overridden(params: Params, overrides: list[str]) -> Params:
             budget *= _budget(value)
         else:
             apply_override(data, key, value)
-            if key.rpartition(".")[2] in SWITCHES:  # what comes next may be a field that only the other has
+            # What comes next may be a field that only the other has; averages all have the same.
+            if key.rpartition(".")[2] in SWITCHES and not key.startswith("aggregate."):
                 data = parse(Params, data, "").model_dump(mode="json")
     return parse(Params, _scaled(data, budget), "")
 
@@ -567,6 +640,7 @@ BY_NAME = (
     "collect_dataset",
     "distill_student",
     "train_multi_task",
+    "aggregate",
     "fine_tune",
     "meta_train",
 )
@@ -623,10 +697,14 @@ def _kept(verb: str, switch: str, before: str, value: Any) -> set[str]:
     }
     if switch == "family":
         return set()
-    if switch != "method" or not isinstance(value, str) or value not in known.get(verb, {}):
+    if switch != "method" or (
+        verb != "aggregate" and (not isinstance(value, str) or value not in known.get(verb, {}))
+    ):
         return {"env_steps", "gamma"} if switch == "algorithm" else set()
     if verb == "train_multi_task":
         return {"environments", "learner", "reward_scales", "when_diverging"}
+    if verb == "aggregate":
+        return set(AggregateParams.model_fields) - ({"weights"} if before == "weighted" else set())
     if verb == "meta_train":
         old, new = META_METHODS[before].model_fields, META_METHODS[value].model_fields
         same = {"family"} if "family" in old and "family" in new else set()

@@ -257,6 +257,26 @@ def stages_of(params: Params) -> list[Stage]:
                     cost=20.0,
                 )
             )
+    for name, block in sorted(params.aggregate.items()):
+        sources = sorted(params.students[name].environments)
+        for seed in seeds:
+            base = f"data/students/{name}-s{seed}"
+            stages.append(
+                Stage(
+                    name=stage_name("aggregate", name, seed=seed),
+                    argv=python("aggregate", name, "--seed", str(seed)),
+                    deps=[
+                        code("aggregate"),
+                        *(f"data/students/{member}-s{seed}" for member in block.members),
+                        *(path for source in sources for path in module_files(source)),
+                    ],
+                    params=[f"aggregate.{name}", *(f"environments.{source}" for source in sources)],
+                    outs=[base],
+                    metrics=[f"{base}.json"],
+                    environments=sources,
+                    cost=5.0 * len(block.members) * len(sources) if block.method == "greedy_soup" else 5.0,
+                )
+            )
     for name, transfer in sorted(params.fine_tune.items()):
         for mode, one in transfer_runs(transfer.modes, transfer.sources):
             entries = {entry.partition(".")[0]: entry for entry in transfer.sources}
@@ -348,6 +368,7 @@ def stages_of(params: Params) -> list[Stage]:
                 "collect_dataset",
                 "distill_student",
                 "train_multi_task",
+                "aggregate",
                 "fine_tune",
                 "meta_train",
                 "report",

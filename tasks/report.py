@@ -1,12 +1,12 @@
 """Stage: everything a run found, as one self-contained page and as numbers for DVC.
 
-Reads, for the environments of ``train_teacher``, the students of ``distill_student``, the networks of ``train_multi_task``,
-the targets, modes and sources of ``fine_tune``, the meta-learners of ``meta_train`` and all ``seeds`` (paths follow from these blocks; no folder is listed):
+Reads, for the environments of ``train_teacher``, the students of ``distill_student`` and of ``aggregate``, the networks of
+``train_multi_task``, the targets, modes and sources of ``fine_tune``, the meta-learners of ``meta_train`` and all ``seeds`` (paths follow from these blocks; no folder is listed):
 
     data/code/report.json
     data/teachers/<env>-s<seed>.json       data/teachers/<env>-s<seed>.csv
     data/datasets/<env>-s<seed>.json
-    data/students/<student>-s<seed>.json   data/students/<student>-s<seed>.csv
+    data/students/<student>-s<seed>.json   data/students/<student>-s<seed>.csv (none of an aggregate)
     data/multi_task/<name>-s<seed>.json    data/multi_task/<name>-s<seed>.csv
     data/transfer/<target>-<mode>[-<source>]-s<seed>.json   and .csv
     data/evaluation/<env>-s<seed>.json
@@ -49,6 +49,7 @@ SETTINGS = (
     "collect_dataset",
     "distill_student",
     "train_multi_task",
+    "aggregate",
     "fine_tune",
     "meta_train",
 )
@@ -84,6 +85,22 @@ def gather(blocks: dict[str, Any], root: Path) -> Results:
         }
         for target, block in sorted(blocks["fine_tune"].items())
     }
+    joint = {
+        name: {seed: run(f"data/multi_task/{name}-s{seed}") for seed in seeds}
+        for name in sorted(blocks["train_multi_task"])
+    }
+    students = {
+        name: {seed: run(f"data/students/{name}-s{seed}") for seed in seeds}
+        for name in sorted(blocks["distill_student"])
+    }
+    students |= {
+        name: {seed: read(f"data/students/{name}-s{seed}.json") for seed in seeds}
+        for name in sorted(blocks["aggregate"])
+    }
+    # Distral's distilled policy is a by-product of a joint network.
+    students |= {
+        name: joint[name] for name in joint if blocks["train_multi_task"][name].get("method") == "distral"
+    }
     return Results(
         title=str(blocks["report"]["title"]),
         suite=str(blocks["suite"]),
@@ -93,14 +110,8 @@ def gather(blocks: dict[str, Any], root: Path) -> Results:
         datasets={
             name: {seed: read(f"data/datasets/{name}-s{seed}.json") for seed in seeds} for name in sources
         },
-        students={
-            name: {seed: run(f"data/students/{name}-s{seed}") for seed in seeds}
-            for name in sorted(blocks["distill_student"])
-        },
-        joint={
-            name: {seed: run(f"data/multi_task/{name}-s{seed}") for seed in seeds}
-            for name in sorted(blocks["train_multi_task"])
-        },
+        students=students,
+        joint=joint,
         evaluations={
             name: {seed: read(f"data/evaluation/{name}-s{seed}.json") for seed in seeds} for name in sources
         },

@@ -276,7 +276,7 @@ def _scores(
 
 def _students_section(results: Results, summary: Summary, name: str) -> str:
     student = summary.students[name]
-    settings = results.settings["distill_student"][name]
+    block, settings = results.made_by(name)
     names = [row.environment for row in student.rows]
     beside = {
         other: found
@@ -284,21 +284,40 @@ def _students_section(results: Results, summary: Summary, name: str) -> str:
         if [row.environment for row in found.rows] == names
     }
     title = "The student" if len(results.students) == 1 else f"Student <code>{escape(name)}</code>"
-    loss = escape(str(settings.get("loss", "")).upper())
-    updates = results.students[name][results.seeds[0]]["updates"]
-    lead = f"<code>{escape(name)}</code>"
-    lead += f", distilled {METHODS[settings['method']]}" + (f" by {loss}" if loss else "")
-    lead += f" in {charts.short(updates)} updates from {', '.join(map(escape, names))}. {_experience(results, name)}"
+    sources = ", ".join(map(escape, names))
+    if block == "aggregate":
+        made = _averaged(results, name)
+    elif block == "train_multi_task":
+        made = f", the policy that {escape(str(settings['method']).capitalize())} distilled from its own of {sources}"
+    else:
+        loss = escape(str(settings.get("loss", "")).upper())
+        updates = results.students[name][results.seeds[0]]["updates"]
+        made = f", distilled {METHODS[settings['method']]}" + (f" by {loss}" if loss else "")
+        made += f" in {charts.short(updates)} updates from {sources}"
+    lead = f"<code>{escape(name)}</code>{made}. {_experience(results, name)}"
     content = (
         _tiles(student, len(results.seeds))
         + _scores(results, student, "Student", beside)
         + _epsilon(student, results)
-        + (_online(results, name, student) if settings["method"] == "online" else "")
+        + (_online(results, name, student) if settings.get("method") == "online" else "")
         + _agreement(results, name, student)
         + "<h3>Size</h3>"
         + _sizes(student, results)
     )
     return _section(title, lead, content, f"student-{name}")
+
+
+def _averaged(results: Results, name: str) -> str:
+    """Whose weights an aggregate is the average of; where that differs by seed, each seed's."""
+    settings = results.settings["aggregate"][name]
+    taken = {seed: run["taken"] for seed, run in results.students[name].items()}
+    method = str(settings["method"]).replace("_", " ") + (", units aligned" if settings["align"] else "")
+    if len({tuple(sorted(members)) for members in taken.values()}) == 1:
+        return f", the average ({method}) of {', '.join(escape(member) for member in sorted(taken[results.seeds[0]]))}"
+    each = "; ".join(f"seed {seed}: {', '.join(map(escape, members))}" for seed, members in taken.items())
+    return (
+        f", an average ({method}) of {', '.join(map(escape, settings['members']))}, of which it took, {each}"
+    )
 
 
 def _joint_section(results: Results, summary: Summary) -> str:
@@ -350,12 +369,14 @@ def _interference(found: Interference) -> str:
 
 
 def _experience(results: Results, name: str, joint: bool = False) -> str:
-    method = "joint" if joint else str(results.settings["distill_student"][name]["method"])
+    block, settings = ("train_multi_task", {}) if joint else results.made_by(name)
+    method = settings["method"] if block == "distill_student" else block
     what = {
         "offline": ", the teachers’ training and the play collected from them included",
         "on_policy": ", the teachers’ training and its own acting included",
         "online": " of its teachers’ training; what they played for it comes on top",
-        "joint": "",
+        "aggregate": ", of all members together, the teachers’ training and the play collected from them included",
+        "train_multi_task": "",
     }[method]
     return f"Experience behind it: {charts.short(experience(results, name, joint))} env steps{what}."
 

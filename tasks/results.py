@@ -40,13 +40,13 @@ class Results:
         ids: environment name to Gymnasium id, sources and targets.
         teachers: environment, seed -> its run.
         datasets: environment, seed -> its metrics.
-        students: student, seed -> its run.
+        students: student, seed -> its run: distilled, averaged, or Distral's distilled policy (then the joint network's).
         joint: joint network, seed -> its run.
         evaluations: environment, seed -> returns of random play, the teacher, the students and the joint networks.
         transfer: target, way (``scratch``, ``full-small``: with its source, where it has one), seed -> its run.
         meta: meta-learner, seed -> its run, with how it adapts under ``adaptation``.
-        settings: the blocks ``train_teacher``, ``collect_dataset``, ``distill_student``, ``train_multi_task``, ``fine_tune`` and
-            ``meta_train``.
+        settings: the blocks ``train_teacher``, ``collect_dataset``, ``distill_student``, ``train_multi_task``, ``aggregate``, ``fine_tune``
+            and ``meta_train``.
         environment: versions, and the device.
         inputs: path of every file read to its SHA-256.
     """
@@ -68,8 +68,19 @@ class Results:
 
     def sources(self, name: str, joint: bool = False) -> list[str]:
         """The environments a student, or a joint network, learnt, sorted."""
-        block = "train_multi_task" if joint else "distill_student"
-        return sorted(self.settings[block][name]["environments"])
+        block, settings = (
+            ("train_multi_task", self.settings["train_multi_task"][name]) if joint else self.made_by(name)
+        )
+        return (
+            self.sources(settings["members"][0]) if block == "aggregate" else sorted(settings["environments"])
+        )
+
+    def made_by(self, student: str) -> tuple[str, dict[str, Any]]:
+        """The block that a student's stage has, and its settings."""
+        blocks = ("distill_student", "aggregate", "train_multi_task")
+        return next(
+            (block, self.settings[block][student]) for block in blocks if student in self.settings[block]
+        )
 
 
 @dataclass(frozen=True)
@@ -254,7 +265,7 @@ def _student(results: Results, name: str, joint: bool = False) -> StudentSummary
         rows=rows,
         overall=aggregate(scores, sources),
         better_than_teacher=better,
-        parameters=own[name][seeds[0]]["parameters"],
+        parameters=results.evaluations[sources[0]][seeds[0]][kind][name]["parameters"],
         teacher_parameters=sum(row.teacher_parameters for row in rows),
     )
 
@@ -327,15 +338,27 @@ def retention(environments: Mapping[str, Mapping[str, float]]) -> float:
 def experience(results: Results, name: str, joint: bool = False) -> float:
     """Env steps behind a student, its teachers' training and what was collected from them included, or behind a joint network;
     mean over the seeds."""
+    spent = _spent(results, name, joint)
+    return float(np.mean(np.sum([list(steps) for steps in spent.values()], axis=0)))
+
+
+def _spent(results: Results, name: str, joint: bool = False) -> dict[str, list[float]]:
+    """What env steps were taken for, one number for each seed. Students that are averaged may have teachers in common."""
     runs = results.joint[name] if joint else results.students[name]
-    steps = [float(run.get("env_steps", 0)) for run in runs.values()]
-    method = "" if joint else results.settings["distill_student"][name]["method"]
-    for environment in results.sources(name) if method in ("offline", "on_policy") else []:
-        for i, seed in enumerate(runs):
-            steps[i] += results.teachers[environment][seed]["env_steps"]
-            if method == "offline" and not results.settings["collect_dataset"][environment]["from_replay"]:
-                steps[i] += results.datasets[environment][seed]["transitions"]
-    return float(np.mean(steps))
+    block, settings = ("train_multi_task", {}) if joint else results.made_by(name)
+    if block == "aggregate":
+        members = [_spent(results, member) for member in settings["members"]]
+        return {what: steps for spent in members for what, steps in spent.items()}
+    spent = {f"{block} {name}": [float(run.get("env_steps", 0)) for run in runs.values()]}
+    if block == "distill_student" and settings["method"] in ("offline", "on_policy"):
+        for environment in results.sources(name):
+            of_teacher = results.teachers[environment]
+            spent[f"teacher {environment}"] = [float(of_teacher[seed]["env_steps"]) for seed in runs]
+            collected = not results.settings["collect_dataset"][environment]["from_replay"]
+            if settings["method"] == "offline" and collected:
+                of_dataset = results.datasets[environment]
+                spent[f"dataset {environment}"] = [float(of_dataset[seed]["transitions"]) for seed in runs]
+    return spent
 
 
 def metrics(results: Results, summary: Summary) -> dict[str, Any]:

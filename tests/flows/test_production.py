@@ -30,7 +30,12 @@ from tasks.production import POINTER, Production, read_production
 from tasks.recorded import content_hash
 from tasks.stage import cache_folder
 
-PARAMS = {"suite": "toy", "train_teacher": {"easy": {"gamma": 0.9}}, "retraining": {"generation": 0}}
+PARAMS = {
+    "suite": "toy",
+    "train_teacher": {"easy": {"gamma": 0.9}},
+    "distill_student": {"small": {"environments": ["easy"]}},
+    "retraining": {"generation": 0},
+}
 
 
 def git(*arguments: str) -> str:
@@ -378,6 +383,14 @@ def test_what_does_not_belong_together_is_not_promoted(promoted: Path) -> None:
     shutil.rmtree("data/training_state")
     record()
     refused("data/training_state/easy-s0: missing or unfinished")
+
+
+def test_only_a_distilled_student_is_promoted(checkout: Path) -> None:
+    shutil.copytree("data/students/small-s0", "data/students/soup-s0")
+    with unchanged(
+        "soup-s0: suite .* does not distil this student from teachers.*can be put into production: small$"
+    ):
+        promote_by_hand(checkout, "soup-s0")
 
 
 def test_a_name_without_a_seed_is_no_student(checkout: Path) -> None:

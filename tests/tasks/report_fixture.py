@@ -47,6 +47,7 @@ def blocks(seeds: int) -> dict[str, Any]:
             "small": {"method": "offline", "environments": list(RETURNS), "loss": "kl", "updates": 8000}
         },
         "train_multi_task": {},
+        "aggregate": {},
         "meta_train": {},
         "fine_tune": {
             "cartpole-long": {"sources": ["small.cartpole"], "modes": ["full", "gradual", "scratch"]},

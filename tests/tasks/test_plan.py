@@ -205,6 +205,77 @@ def test_distrals_distilled_policy_is_a_student(project):
         load_suite("quickstart", [])
 
 
+def test_an_average_of_students_is_one_of_them(project):
+    suite = Path("params/suites/quickstart.yaml")
+    text = suite.read_text()
+    other = "  other: {environments: [breakout, acrobot, cartpole], loss: nll, parameter_fraction: 0.1, size: SIZE}\n"
+    other = other.replace("SIZE", "{conv_channels: 8, features: 32, torso: [32], layer_norm: true}")
+    block = "aggregate:\n  soup: {members: [small, other], method: greedy_soup}\n"
+    suite.write_text(text.replace("fine_tune:", f"{other}{block}fine_tune:", 1))
+    options = ["fine_tune.cartpole-long.sources=[soup.cartpole]"]
+    stages = by_name(make_plan("quickstart", options))
+    stage = stages["aggregate-soup-s1"]
+    assert stage.deps == ["data/code/aggregate.json", "data/students/small-s1", "data/students/other-s1"]
+    assert stage.params == [
+        "aggregate.soup",
+        *(f"environments.{name}" for name in ("acrobot", "breakout", "cartpole")),
+    ]
+    assert stage.outs == ["data/students/soup-s1"] and stage.metrics == ["data/students/soup-s1.json"]
+    assert "data/students/soup-s0" in stages["evaluate-breakout-s0"].deps
+    assert "data/students/soup-s0.json" in stages["report"].deps
+    order = list(stages)
+    places = [
+        order.index(name) for name in ("distill_student-small-s0", "aggregate-soup-s0", "evaluate-acrobot-s0")
+    ]
+    assert places == sorted(places)
+    moved = "fine_tune-cartpole-long-full-soup-s0"
+    assert "data/students/soup-s0" in stages[moved].deps and order.index("aggregate-soup-s0") < order.index(
+        moved
+    )
+    # Logits, as its members give: a learner that bootstraps fits a head to the environment's dataset.
+    assert "data/datasets/cartpole-s0" in stages[moved].deps
+    found = load_suite("quickstart", ["aggregate.method=weighted", "aggregate.weights={small: 2}"])
+    assert found.aggregate["soup"].members == ["small", "other"]
+    with pytest.raises(StillhouseError, match="weights are for method weighted"):
+        load_suite("quickstart", ["aggregate.method=weighted"])
+    for change, said in (
+        (
+            "aggregate.members=[small, smal]",
+            "aggregate.soup.members names 'smal', which is no student.*small",
+        ),
+        ("aggregate.members=[small]", "aggregate.soup.members: List should have at least 2 items"),
+        ("aggregate.members=[small, small]", "aggregate.soup.members: each may stand once only"),
+        ("aggregate.members=[small, soup]", "names 'soup', which is no student"),
+        ("distill_student.other.loss=mse", r"'small' and 'other' differ in outputs \(logits, Q-values\)"),
+        ("distill_student.other.parameter_fraction=0.2", r"differ in parameter_fraction \(0.1, 0.2\)"),
+        ("distill_student.other.environments=[acrobot]", "differ in environments"),
+        ("aggregate.soup.method=soup", "aggregate.soup.method: Input should be"),
+        ("aggregate.soup.method=interpolation", ""),
+    ):
+        if not said:
+            load_suite("quickstart", [change])
+            continue
+        with pytest.raises(StillhouseError, match=said) as caught:
+            load_suite("quickstart", [change])
+        assert "\n" not in str(caught.value)
+    written = suite.read_text()
+    for before, after, said in (
+        ("soup: {", "cartpole: {", ""),  # environments and students may share a name
+        ("soup: {", "small: {", "aggregate.small: there is another network 'small'"),
+        (
+            "method: greedy_soup",
+            "method: weighted, weights: {none: 1}",
+            "'none' is no member; there are small, other",
+        ),
+    ):
+        suite.write_text(written.replace(before, after))
+        if not said:
+            load_suite("quickstart", [])
+            continue
+        with pytest.raises(StillhouseError, match=said):
+            load_suite("quickstart", [])
+
+
 def test_committed_studies_are_inputs_of_the_published_page(project):
     assert "publish_results" not in by_name(make_plan("smoke", []))
     published = ["publish_results=true"]

@@ -25,7 +25,7 @@ from stillhouse.errors import StillhouseError
 from tasks.charts import apart, chart, number, short, ticks
 from tasks.report import comparison, gather, learning_curves
 from tasks.report_page import render
-from tasks.results import Results, interference, metrics, summarise
+from tasks.results import Results, experience, interference, metrics, summarise
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -297,6 +297,46 @@ def test_of_several_students_the_headline_says_that_it_shows_the_best(tmp_path: 
     assert "cartpole (tiny),tiny," in comparison(summary)
 
 
+def test_an_aggregate_and_distrals_distilled_policy_are_students(tmp_path: Path) -> None:
+    blocks = report_fixture.write(tmp_path, 2)
+    names = ["acrobot", "breakout", "cartpole"]
+    blocks["distill_student"]["other"] = {**blocks["distill_student"]["small"], "loss": "nll"}
+    blocks["aggregate"] = {"soup": {"members": ["small", "other"], "method": "greedy_soup", "align": True}}
+    blocks["train_multi_task"] = {"pi": {"environments": names, "method": "distral"}}
+    write_joint(tmp_path, blocks, {("pi", name): 0.5 for name in names})
+    for seed in (0, 1):
+        for suffix in (".json", ".csv"):
+            text = (tmp_path / f"data/students/small-s{seed}{suffix}").read_text()
+            (tmp_path / f"data/students/other-s{seed}{suffix}").write_text(text)
+        taken = ["other", "small"] if seed else ["small"]
+        (tmp_path / f"data/students/soup-s{seed}.json").write_text(json.dumps({"taken": taken}))
+        for name in names:
+            path = f"data/evaluation/{name}-s{seed}.json"
+            small = json.loads((tmp_path / path).read_text())["students"]["small"]
+            edit(tmp_path, path, students=dict.fromkeys(("small", "other", "soup", "pi"), small))
+    results = gather(blocks, tmp_path)
+    summary = summarise(results)
+    text = table_text(render(results, summary))
+    assert (
+        "an average (greedy soup, units aligned) of small, other, of which it took, seed 0: small; seed 1: other, small."
+        in text
+    )
+    assert "pi , the policy that Distral distilled from its own of acrobot, breakout, cartpole." in text
+    # The members have their teachers in common, which count once.
+    assert experience(results, "soup") == experience(results, "small") == 2_150_000
+    assert experience(results, "pi") == 2_150_000 == experience(results, "pi", joint=True)
+    assert set(summary.students) == {"small", "other", "soup", "pi"}
+    assert summary.students["soup"].parameters == 11_198
+    assert "breakout (pi),pi," in comparison(summary) and "breakout (joint pi),joint pi," in comparison(
+        summary
+    )
+    for run in results.students["soup"].values():
+        run["taken"] = ["small", "other"]
+    assert "soup , the average (greedy soup, units aligned) of other, small." in table_text(
+        render(results, summary)
+    )
+
+
 def write_joint(root: Path, blocks: dict[str, Any], scores: dict[tuple[str, str], float]) -> None:
     """What joint networks leave, by their normalised scores: (network, environment) -> score."""
     for seed in blocks["seeds"]:
@@ -319,7 +359,10 @@ def write_joint(root: Path, blocks: dict[str, Any], scores: dict[tuple[str, str]
                 for (network, environment), score in scores.items()
                 if environment == name
             }
-            both = {network: {"greedy": mean, "epsilon": mean} for network, mean in judged.items()}
+            both = {
+                network: {"greedy": mean, "epsilon": mean, "parameters": 11_198}
+                for network, mean in judged.items()
+            }
             edit(root, path, joint=both)
 
 

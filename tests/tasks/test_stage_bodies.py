@@ -22,6 +22,7 @@ from stillhouse.errors import StillhouseError
 from stillhouse.evaluation import rollouts
 from stillhouse.networks.multi_task import NetworkSize, NetworkSpec, build_network
 from stillhouse.types import environment_spec
+from tasks.aggregate import aggregate_students
 from tasks.collect_dataset import collect_dataset
 from tasks.compare_production import compare_production
 from tasks.distill_student import distill_student
@@ -204,6 +205,59 @@ def test_distrals_task_policies_are_judged_and_its_distilled_one_is_a_student(co
     judged = json.loads(Path("data/evaluation/cartpole-s0.json").read_text())
     assert (set(judged["joint"]), set(judged["students"])) == ({"all"}, {"all"})
     assert judged["joint"]["all"]["parameters"] == found["parameters"]
+
+
+def student(name: str, seed: int, **details: Any) -> None:
+    """A student of CartPole as `distill_student` leaves it."""
+    network = build_network(
+        NetworkSpec(
+            size=NetworkSize(features=8, torso=(8,)),
+            environments={"cartpole": environment_spec(*describe(EnvironmentConfig(**CARTPOLE)), "cartpole")},
+            output="logits",
+        ),
+        seed,
+    )
+    save_checkpoint(Path(f"data/students/{name}-s0"), network, {"teachers": {"cartpole": "abc"}, **details})
+
+
+def average_of(*members: str, **settings: Any) -> dict[str, Any]:
+    block = {"members": list(members), **settings}
+    aggregate_students(context("soup", [], aggregate={"soup": block}))
+    found: dict[str, Any] = json.loads(Path("data/students/soup-s0.json").read_text())
+    return found
+
+
+def test_students_are_averaged_to_one_that_is_judged_like_any_other() -> None:
+    student("a", 1)
+    student("b", 2)
+    found = average_of("a", "b", method="weighted", weights={"a": 3.0, "b": 1.0})
+    assert found["weights"] == {"a": 0.75, "b": 0.25} and found["output"] == "logits"
+    soup, first, second = (load_checkpoint(Path(f"data/students/{name}-s0")) for name in ("soup", "a", "b"))
+    for name, tensor in soup.network.state_dict().items():
+        mean = 0.75 * first.network.state_dict()[name] + 0.25 * second.network.state_dict()[name]
+        torch.testing.assert_close(tensor, mean)
+    assert soup.details["members"] == {"a": first.digest, "b": second.digest}
+    assert soup.details["teachers"] == {"cartpole": "abc"}
+    assert soup.details["environments"]["cartpole"]["id"] == "CartPole-v1"
+    found = average_of("a", "b", method="greedy_soup", align=True, episodes=2)
+    assert set(found["scores"]) == {"a", "b"} and found["taken"]
+    train()
+    with pytest.raises(StillhouseError, match=r"soup-s0: learnt cartpole from the teacher abc"):
+        judge("data/students/soup-s0")
+    for name, seed in (("a", 1), ("b", 2)):
+        student(name, seed, teachers={})
+    average_of("a", "b")
+    assert set(judge("data/students/soup-s0")["students"]) == {"soup"}
+
+
+def test_students_of_different_teachers_are_not_averaged() -> None:
+    student("a", 1)
+    student("b", 2, teachers={"cartpole": "xyz"})
+    with pytest.raises(
+        StillhouseError, match=r"^b: learnt cartpole from the teacher xyz, but another member"
+    ):
+        average_of("a", "b")
+    assert not Path("data/students/soup-s0").exists() and not Path("data/students/soup-s0.json").exists()
 
 
 def judge(network: str = "data/students/small-s0") -> dict[str, Any]:
