@@ -214,6 +214,17 @@ def promote_by_hand(checkout: Path, name: str, run: str = "") -> str:
                 f"{name}: suite {params['suite']} does not distil this student from teachers, and what is in production is trained on with its "
                 f"teachers; a student of distill_student can be put into production: {', '.join(distilled) or 'there is none'}"
             )
+        teachers, learnt = (
+            params.get("train_teacher") or {},
+            distilled[found[name][1]].get("environments", []),
+        )
+        if adopted := [
+            each for each in learnt if (teachers.get(each) or {}).get("algorithm") == "fine_tuned"
+        ]:
+            raise StillhouseError(
+                f"{name}: its teacher of {adopted[0]} is adopted from fine_tune and cannot be trained on; a student of teachers of their own can "
+                "be put into production"
+            )
         generation = next_generation(checkout) if _known(checkout) else 0
         given = {
             "generation": generation,

@@ -52,6 +52,7 @@ def meta_train(context: StageContext) -> None:
         path.with_name(f"{path.name}.json"),
         {
             "method": settings["method"],
+            "env_steps": getattr(learner, "env_steps", 0),
             **dict(zip(["meta_updates", *learner.columns.values()], last, strict=False)),
         },
     )

@@ -47,7 +47,7 @@ from stillhouse.transfer.fine_tuning import FineTuneConfig, Mode
 from stillhouse.transfer.initialisation import Labels, correspond
 from stillhouse.types import EnvironmentSpec, environment_spec
 from tasks.production import ABOUT, FOLDER, read_production
-from tasks.stage import PIPELINE, read_yaml
+from tasks.stage import PIPELINE, read_yaml, transfer_runs
 
 SUITES = Path("params/suites")
 MODULES = Path("params/modules.txt")  # installed modules that environments may name, one a line
@@ -79,13 +79,36 @@ def _without_network(learner: Any) -> Any:
 
 Name = Annotated[str, AfterValidator(_slug)]
 Names = Annotated[list[Name], Field(min_length=1, max_length=1000)]
-TeacherConfig = Annotated[
-    DQNConfig | PQNConfig | PPOConfig | IMPALAConfig | UNREALConfig, Field(discriminator="algorithm")
-]
+
+
+class AdoptedTeacher(Config):
+    """A teacher that was not trained from nothing: what ``fine_tune`` left in its environment, by one way and source."""
+
+    algorithm: Literal["fine_tuned"]
+    mode: Literal[
+        "auto",
+        "discriminative",
+        "full",
+        "gradual",
+        "head_only",
+        "kickstart",
+        "l2_sp",
+        "rehearsal",
+        "scratch",
+    ] = Field(default="full", description="one of fine_tune's modes there")
+    source: Name | Literal[""] = Field(
+        default="", description="one of its sources, without an environment; none for auto and scratch"
+    )
+
+
+_TrainedTeacher = DQNConfig | PQNConfig | PPOConfig | IMPALAConfig | UNREALConfig
+TeacherConfig = Annotated[_TrainedTeacher | AdoptedTeacher, Field(discriminator="algorithm")]
 # An algorithm for a network that is given.
 _NOT_ITS_OWN = BeforeValidator(_without_network)
 _NOT_SHOWN = PlainSerializer(lambda learner: learner.model_dump(mode="json", exclude={"network"}))
-LearnerConfig = Annotated[TeacherConfig, _NOT_ITS_OWN, _NOT_SHOWN]
+LearnerConfig = Annotated[
+    Annotated[_TrainedTeacher, Field(discriminator="algorithm")], _NOT_ITS_OWN, _NOT_SHOWN
+]
 TransferLearnerConfig = Annotated[
     Annotated[DQNConfig | PQNConfig | PPOConfig, Field(discriminator="algorithm")], _NOT_ITS_OWN, _NOT_SHOWN
 ]
@@ -318,6 +341,15 @@ class Params(Config):
         }
         return {**found, **averaged}
 
+    def algorithm_of(self, environment: str) -> str:
+        """What trained the teacher there; where it was adopted, what trained it when it was moved."""
+        teacher = self.train_teacher[environment]
+        return (
+            teacher.algorithm
+            if teacher.algorithm != "fine_tuned"
+            else self.fine_tune[environment].learner.algorithm
+        )
+
     @property
     def _single_students(self) -> dict[str, Any]:
         """All but the averaged."""
@@ -345,6 +377,8 @@ class Params(Config):
         for name in self.collect_dataset:
             check(name, teachers, "collect_dataset", "environment with a teacher")
             algorithm = self.train_teacher[name].algorithm
+            if algorithm == "fine_tuned":
+                self._check_adopted(name)
             if self.collect_dataset[name].from_replay and algorithm != "dqn":
                 raise ValueError(
                     f"collect_dataset.{name}.from_replay: a dqn teacher is allowed, which keeps a replay; {name}'s is {algorithm}"
@@ -352,6 +386,11 @@ class Params(Config):
         for name, student in self.distill_student.items():
             for source in student.environments:
                 check(source, teachers, f"distill_student.{name}.environments", "environment with a teacher")
+                if student.method == "online" and self.train_teacher[source].algorithm == "fine_tuned":
+                    raise ValueError(
+                        f"distill_student.{name}.method: online trains its teachers itself, and that of {source} is adopted from fine_tune; "
+                        "offline and on_policy are allowed"
+                    )
             for field in ("weights", "batch_shares"):
                 where = f"distill_student.{name}.{field}"
                 for source in getattr(student, field):
@@ -428,6 +467,27 @@ class Params(Config):
                 raise ValueError(f"{where}: each may stand once only")
         return self
 
+    def _check_adopted(self, name: str) -> None:
+        """Raises ValueError where no stage leaves what is to be adopted."""
+        teacher = self.train_teacher[name]
+        assert isinstance(teacher, AdoptedTeacher)
+        where = f"train_teacher.{name}"
+        if name not in self.fine_tune:
+            raise ValueError(
+                f"{where}: a teacher that is fine_tuned is what fine_tune.{name} leaves, which there is not; add it, or name an algorithm"
+            )
+        there = transfer_runs(self.fine_tune[name].modes, self.fine_tune[name].sources)
+        if (teacher.mode, teacher.source) not in there:
+            known = ", ".join(f"{mode} from {source}" if source else mode for mode, source in there)
+            given = (
+                f"{teacher.mode} from {teacher.source}"
+                if teacher.source
+                else f"{teacher.mode} without a source"
+            )
+            raise ValueError(
+                f"{where}: {given} was given, but fine_tune.{name} makes {known}; name one of them"
+            )
+
     def _check_aggregate(self, name: str, block: AggregateParams) -> None:
         """Raises ValueError where the members cannot be averaged, or the name is another network's."""
         where, (first, *others) = f"aggregate.{name}", block.members
@@ -461,6 +521,8 @@ class Params(Config):
     def _memories_are_learnt_and_played_only(self) -> Params:
         memories: dict[str, str] = {}  # of teachers with one
         for name, teacher in self.train_teacher.items():
+            if isinstance(teacher, AdoptedTeacher):
+                continue
             where = f"train_teacher.{name}.network.recurrent"
             if _check_memory(where, teacher.network, teacher.algorithm):
                 memories[name] = f"the teacher of {name} has a memory ({where}: {teacher.network.recurrent})"

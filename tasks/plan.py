@@ -137,6 +137,8 @@ def stages_of(params: Params) -> list[Stage]:
         return str(CODE / f"{kind_of(verb, *imported)}.json")
 
     def training_seconds(teacher: Any) -> float:
+        if teacher.algorithm == "fine_tuned":
+            return 1.0
         return teacher.env_steps / SPEEDS[teacher.algorithm]
 
     def module_files(environment: str) -> list[str]:
@@ -146,19 +148,35 @@ def stages_of(params: Params) -> list[Stage]:
         collect = params.collect_dataset[name]
         for seed in seeds:
             base = f"data/teachers/{name}-s{seed}"
-            stages.append(
-                Stage(
-                    name=stage_name("train_teacher", name, seed=seed),
-                    argv=python("train_teacher", name, "--seed", str(seed)),
-                    deps=[code("train_teacher", teacher.algorithm), *module_files(name)],
-                    params=[f"environments.{name}", f"train_teacher.{name}"],
-                    outs=[base, f"data/training_state/{name}-s{seed}"],
-                    metrics=[f"{base}.json"],
-                    plots={f"{base}.csv": {"x": "env_steps", "y": "mean_return"}},
-                    environments=[name],
-                    cost=training_seconds(teacher),
+            curve = {f"{base}.csv": {"x": "env_steps", "y": "mean_return"}}
+            if teacher.algorithm == "fine_tuned":
+                left = f"data/transfer/{transfer_stem(name, teacher.mode, teacher.source, seed)}"
+                stages.append(
+                    Stage(
+                        name=stage_name("adopt_teacher", name, seed=seed),
+                        argv=python("adopt_teacher", name, "--seed", str(seed)),
+                        deps=[code("adopt_teacher"), left, f"{left}.json", f"{left}.csv"],
+                        params=[f"train_teacher.{name}"],
+                        outs=[base],
+                        metrics=[f"{base}.json"],
+                        plots=curve,
+                        environments=[name],
+                    )
                 )
-            )
+            else:
+                stages.append(
+                    Stage(
+                        name=stage_name("train_teacher", name, seed=seed),
+                        argv=python("train_teacher", name, "--seed", str(seed)),
+                        deps=[code("train_teacher", teacher.algorithm), *module_files(name)],
+                        params=[f"environments.{name}", f"train_teacher.{name}"],
+                        outs=[base, f"data/training_state/{name}-s{seed}"],
+                        metrics=[f"{base}.json"],
+                        plots=curve,
+                        environments=[name],
+                        cost=training_seconds(teacher),
+                    )
+                )
             dataset = f"data/datasets/{name}-s{seed}"
             stages.append(
                 Stage(
@@ -408,7 +426,39 @@ def stages_of(params: Params) -> list[Stage]:
         always_changed=True,
     )
     _check_unique(stages)
-    return [digest_code, *stages]
+    return [digest_code, *_in_order(stages)]
+
+
+def _in_order(stages: list[Stage]) -> list[Stage]:
+    """The stages, each after those it reads from, otherwise as they stand.
+
+    Raises:
+        StillhouseError: some of them wait for each other.
+    """
+    makers = {path: stage.name for stage in stages for path in stage.writes}
+    waiting = {stage.name: {makers[dep] for dep in stage.deps if dep in makers} for stage in stages}
+    ordered: dict[str, Stage] = {}
+    left = stages
+    while left:
+        before = len(ordered)
+        for stage in left:
+            if waiting[stage.name] <= ordered.keys():
+                ordered[stage.name] = stage
+        left = [stage for stage in left if stage.name not in ordered]
+        if len(ordered) == before:
+            raise StillhouseError(
+                f"these stages wait for each other: {_circle(waiting, ordered)}; take another source or teacher"
+            )
+    return list(ordered.values())
+
+
+def _circle(waiting: dict[str, set[str]], done: Iterable[str]) -> str:
+    """One circle among the stages that are not done."""
+    left = set(waiting) - set(done)
+    way = [min(left)]
+    while way[-1] not in way[:-1]:
+        way.append(min(waiting[way[-1]] & left))
+    return " reads ".join(way[way.index(way[-1]) :])
 
 
 # What each way reads of its target's block, beside what all read.
@@ -469,7 +519,7 @@ def _datasets(params: Params, transfer: TransferParams, mode: str, read: list[st
         logits = (
             getattr(student, "loss", "kl") != "mse"  # a distilled policy's are
             if student
-            else params.train_teacher[head].algorithm in ("impala", "ppo", "unreal")
+            else params.algorithm_of(head) in ("impala", "ppo", "unreal")
         )
         if mode == "rehearsal":
             wanted |= set(_environments(params, entry))
@@ -496,6 +546,13 @@ def _retraining(params: Params, stages: list[Stage]) -> list[Stage]:
     if student.method != "offline":
         raise StillhouseError(
             f"retraining.student: {name!r} learns by method {student.method}; a student that is trained on learns offline"
+        )
+    if adopted := [
+        each for each in student.environments if params.train_teacher[each].algorithm == "fine_tuned"
+    ]:
+        raise StillhouseError(
+            f"retraining.student: the teacher of {adopted[0]} is adopted from fine_tune and is not trained on; a student of teachers of their own "
+            "can be retrained"
         )
     production = str(PRODUCTION)
     wanted = {stage_name("distill_student", name, seed=seed): [production]}
@@ -576,6 +633,7 @@ def top_level_plots(stages: Iterable[Stage]) -> list[dict[str, Any]]:
     """Curves of many stages in one picture, for ``dvc plots show``."""
     titles = {
         ("train_teacher", "env_steps"): "Teachers",
+        ("adopt_teacher", "env_steps"): "Adopted teachers",
         ("distill_student", "updates"): "Students",
         ("distill_student", "env_steps"): "Online students",
         ("train_multi_task", "env_steps"): "Joint networks",

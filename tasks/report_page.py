@@ -489,13 +489,19 @@ def _teachers_section(results: Results) -> str:
                 [("random", random)],
             )
         )
-        algorithm = escape(str(results.settings["train_teacher"][name].get("algorithm", "")).upper())
+        settings = results.settings["train_teacher"][name]
+        algorithm = escape(str(settings.get("algorithm", "")).upper())
+        if settings.get("algorithm") == "fine_tuned":
+            algorithm = f"fine-tuned, {escape(settings['mode'])}" + (
+                f", from {escape(source)}" if (source := settings["source"]) else ""
+            )
         first = next(iter(runs.values()))
+        episodes = [run.get("episodes", 0) for run in runs.values()]
         collected = next(iter(results.datasets[name].values())).get("transitions")
         rows.append(
             f'<tr><th scope="row">{escape(name)}<span class="spread">{escape(results.ids[name])}</span></th>'
             f'<td>{algorithm}</td><td class="num">{first["env_steps"]:,}</td>'
-            f'<td class="num">{charts.short(float(np.mean([run["episodes"] for run in runs.values()])))}</td>'
+            f'<td class="num">{charts.short(float(np.mean(episodes))) if all(episodes) else "–"}</td>'
             f'<td class="num">{f"{collected:,}" if collected else "–"}</td>'
             f'<td class="num">{first["parameters"]:,}</td></tr>'
         )

@@ -352,12 +352,29 @@ def _spent(results: Results, name: str, joint: bool = False) -> dict[str, list[f
     spent = {f"{block} {name}": [float(run.get("env_steps", 0)) for run in runs.values()]}
     if block == "distill_student" and settings["method"] in ("offline", "on_policy"):
         for environment in results.sources(name):
-            of_teacher = results.teachers[environment]
-            spent[f"teacher {environment}"] = [float(of_teacher[seed]["env_steps"]) for seed in runs]
+            spent |= _of_teacher(results, environment)
             collected = not results.settings["collect_dataset"][environment]["from_replay"]
             if settings["method"] == "offline" and collected:
                 of_dataset = results.datasets[environment]
                 spent[f"dataset {environment}"] = [float(of_dataset[seed]["transitions"]) for seed in runs]
+    return spent
+
+
+def _of_teacher(results: Results, environment: str) -> dict[str, list[float]]:
+    """Of a teacher's training; where it was adopted, what its source had cost too, as far as its stages count env steps."""
+    settings = results.settings["train_teacher"][environment]
+    spent = {
+        f"teacher {environment}": [float(run["env_steps"]) for run in results.teachers[environment].values()]
+    }
+    source = settings.get("source", "")
+    if source in results.students:
+        spent |= _spent(results, source)
+    elif source in results.teachers:
+        spent |= _of_teacher(results, source)
+    elif source in results.meta:
+        spent[f"meta_train {source}"] = [
+            float(run.get("env_steps", 0)) for run in results.meta[source].values()
+        ]
     return spent
 
 

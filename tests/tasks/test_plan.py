@@ -276,6 +276,88 @@ def test_an_average_of_students_is_one_of_them(project):
             load_suite("quickstart", [])
 
 
+ADOPTED = """\
+seeds: [0, 1]
+environments:
+  cartpole: {id: CartPole-v1}
+  long: {id: stillhouse/CartPole-v1, options: {pole_length: 1.5}}
+  heavy: {id: stillhouse/CartPole-v1, options: {pole_mass: 0.5}}
+train_teacher:
+  long: {algorithm: fine_tuned, source: start}
+  heavy: {algorithm: fine_tuned, mode: scratch}
+meta_train:
+  start: {method: maml_rl, family: {name: cartpole}}
+distill_student:
+  both: {environments: [long, heavy]}
+fine_tune:
+  long: &moved {sources: [start.cartpole], modes: [full, scratch], learner: {algorithm: ppo, env_steps: 1000}}
+  heavy: *moved
+"""
+
+
+def test_adapted_agents_are_teachers(project):
+    suite = Path("params/suites/adopted.yaml")
+    suite.write_text(ADOPTED)
+    stages = by_name(make_plan("adopted", []))
+    stage = stages["adopt_teacher-long-s1"]
+    moved = "data/transfer/long-full-start-s1"
+    assert stage.deps == ["data/code/adopt_teacher.json", moved, f"{moved}.json", f"{moved}.csv"]
+    assert stage.params == ["train_teacher.long"]
+    assert stage.outs == ["data/teachers/long-s1"]
+    assert stages["adopt_teacher-heavy-s0"].deps[1] == "data/transfer/heavy-scratch-s0"
+    assert stages["distill_student-both-s0"].deps[1:] == ["data/datasets/heavy-s0", "data/datasets/long-s0"]
+    chain = [
+        "meta_train-start-s0",
+        "fine_tune-long-full-start-s0",
+        "adopt_teacher-long-s0",
+        "collect_dataset-long-s0",
+    ]
+    order = list(stages)
+    places = [order.index(name) for name in [*chain, "distill_student-both-s0", "evaluate-long-s0", "report"]]
+    assert places == sorted(places)
+    makers = {path: name for name, stage in stages.items() for path in stage.writes}
+    for name, stage in stages.items():
+        assert all(order.index(makers[dep]) < order.index(name) for dep in stage.deps if dep in makers)
+
+    def refused(said: str, *options: str, text: str = ADOPTED) -> None:
+        suite.write_text(text)
+        with pytest.raises(StillhouseError, match=said) as caught:
+            make_plan("adopted", list(options))
+        assert "\n" not in str(caught.value)
+
+    refused(
+        "train_teacher.long: full without a source was given, but fine_tune.long makes full from start, scratch;",
+        "train_teacher.long.source=",
+    )
+    refused("train_teacher.long: l2_sp from start was given", "train_teacher.long.mode=l2_sp")
+    refused(
+        "train_teacher.long.*mode: Input should be .*progressive_2", "train_teacher.long.mode=progressive_2"
+    )
+    refused(
+        "train_teacher.cartpole: .*is what fine_tune.cartpole leaves, which there is not",
+        text=ADOPTED.replace("  long: {algo", "  cartpole: {algo"),
+    )
+    refused(
+        "both.method: online trains its teachers itself, and that of long is adopted",
+        "distill_student.method=online",
+    )
+    refused("long.from_replay: a dqn teacher is allowed", "collect_dataset.long.from_replay=true")
+    refused(
+        "learner.*fine_tuned",
+        text=ADOPTED + "train_multi_task:\n  all: {environments: [long], learner: {algorithm: fine_tuned}}\n",
+    )
+    refused(
+        r"these stages wait for each other: (\S+ reads )*adopt_teacher-long-s0 reads .*; take another source or teacher",
+        "fine_tune.long.sources=[long]",
+        "train_teacher.long.source=long",
+    )
+    refused(
+        "the teacher of long is adopted from fine_tune and is not trained on",
+        "retraining.generation=1",
+        "retraining.student=both",
+    )
+
+
 def test_committed_studies_are_inputs_of_the_published_page(project):
     assert "publish_results" not in by_name(make_plan("smoke", []))
     published = ["publish_results=true"]

@@ -337,6 +337,19 @@ def test_an_aggregate_and_distrals_distilled_policy_are_students(tmp_path: Path)
     )
 
 
+def test_an_adopted_teachers_source_counts_in_the_experience(tmp_path: Path) -> None:
+    blocks = report_fixture.write(tmp_path, 2)
+    blocks["train_teacher"]["cartpole"] = {"algorithm": "fine_tuned", "mode": "full", "source": "acrobot"}
+    for seed in (0, 1):
+        edit(tmp_path, f"data/teachers/cartpole-s{seed}.json", env_steps=1000, episodes=0)
+    blocks["distill_student"]["small"]["environments"] = ["cartpole"]
+    results = gather(blocks, tmp_path)
+    # Acrobot's teacher's 500k, what was taken to move it, and the play collected.
+    assert experience(results, "small") == 500_000 + 1000 + 50_000
+    text = table_text(render(results, summarise(results)))
+    assert "CartPole-v1 fine-tuned, full, from acrobot 1,000 – 50,000" in text
+
+
 def write_joint(root: Path, blocks: dict[str, Any], scores: dict[tuple[str, str], float]) -> None:
     """What joint networks leave, by their normalised scores: (network, environment) -> score."""
     for seed in blocks["seeds"]:

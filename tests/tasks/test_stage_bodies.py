@@ -22,6 +22,7 @@ from stillhouse.errors import StillhouseError
 from stillhouse.evaluation import rollouts
 from stillhouse.networks.multi_task import NetworkSize, NetworkSpec, build_network
 from stillhouse.types import environment_spec
+from tasks.adopt_teacher import adopt_teacher
 from tasks.aggregate import aggregate_students
 from tasks.collect_dataset import collect_dataset
 from tasks.compare_production import compare_production
@@ -225,6 +226,33 @@ def average_of(*members: str, **settings: Any) -> dict[str, Any]:
     aggregate_students(context("soup", [], aggregate={"soup": block}))
     found: dict[str, Any] = json.loads(Path("data/students/soup-s0.json").read_text())
     return found
+
+
+def test_an_adapted_agent_becomes_the_teacher_that_it_is() -> None:
+    student("moved", 3, teachers={})
+    Path("data/transfer").mkdir()
+    Path("data/students/moved-s0").rename("data/transfer/cartpole-full-start-s0")
+    Path("data/transfer/cartpole-full-start-s0.json").write_text(
+        json.dumps({"env_steps": 777, "parameters": 1})
+    )
+    curve = "env_steps,mean_return\n0,20\n777,123.5\n"
+    Path("data/transfer/cartpole-full-start-s0.csv").write_text(curve)
+    settings = {"algorithm": "fine_tuned", "mode": "full", "source": "start"}
+    adopt_teacher(context("cartpole", [], train_teacher={"cartpole": settings}))
+    teacher = load_checkpoint(Path("data/teachers/cartpole-s0"))
+    moved = load_checkpoint(Path("data/transfer/cartpole-full-start-s0"))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(teacher.network.parameters(), moved.network.parameters(), strict=True)
+    )
+    assert teacher.details["adopted"] == moved.digest
+    assert Path("data/teachers/cartpole-s0.csv").read_text() == curve
+    found = json.loads(Path("data/teachers/cartpole-s0.json").read_text())
+    size = sum(tensor.numel() for tensor in moved.network.parameters())
+    assert found == {"env_steps": 777, "mean_return": 123.5, "parameters": size, "algorithm": "fine_tuned"}
+    assert collect(allow_weak_teacher=True).schema.teacher == teacher.digest
+    distill()
+    assert set(judge()["students"]) == {"small"}
 
 
 def test_students_are_averaged_to_one_that_is_judged_like_any_other() -> None:
