@@ -57,7 +57,8 @@ def meta_train(context: StageContext) -> None:
         },
     )
     save_state(path, learner.learnt())
-    if (family := getattr(learner, "family", None)) and family.discrete:  # a policy like any student's
+    family = getattr(learner, "family", None)
+    if family is not None and family.name in PLAYED:  # a policy like any student's
         environment = EnvironmentConfig(id=PLAYED[family.name])
         details = {
             "environments": {family.name: environment.model_dump(mode="json")},

@@ -1,6 +1,6 @@
 """Families of environments for meta-learning: a task is a row of numbers, and all copies of all tasks step at once.
 
-A family holds no state: ``reset`` gives the state of N tasks x K copies as one array, ``step`` the next one. Episodes have one
+A family holds no state: ``reset`` gives the state of N tasks x K copies, ``step`` the next one. Episodes have one
 horizon, in env steps; a copy that has terminated may be stepped on, and what it gives then is not used.
 
 Tasks to train on and to test on cannot meet. Where a task is a point of a box, the box is cut into ten cells along every axis, and a
@@ -22,7 +22,13 @@ from stillhouse.errors import StillhouseError
 
 Split = Literal["train", "test"]
 FamilyName = Literal[
-    "navigation", "navigation_distance", "cartpole", "acrobot", "cheetah_direction", "cheetah_velocity"
+    "navigation",
+    "navigation_distance",
+    "cartpole",
+    "acrobot",
+    "minatar",
+    "cheetah_direction",
+    "cheetah_velocity",
 ]
 
 CELLS = 10  # along each axis of a box of tasks
@@ -33,6 +39,7 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "navigation_distance": ("navigation", "NavigationDistance"),
     "cartpole": ("physics", "CartPoleFamily"),
     "acrobot": ("physics", "AcrobotFamily"),
+    "minatar": ("minatar_family", "MinAtarFamily"),
     "cheetah_direction": ("cheetah", "CheetahDirection"),
     "cheetah_velocity": ("cheetah", "CheetahVelocity"),
 }
@@ -69,26 +76,24 @@ class Family(Protocol):
         """Tasks float64 [N, d]; where there are fewer members than that, each as often as any other, give or take one."""
         ...
 
-    def reset(self, tasks: np.ndarray, rollouts: int, random: np.random.Generator) -> np.ndarray:
-        """States float64 [N, K, s] in which episodes begin."""
+    def reset(self, tasks: np.ndarray, rollouts: int, random: np.random.Generator) -> Any:
+        """The state in which N x K episodes begin, in a form of the family's own, float64 [N, K, s] for most."""
         ...
 
-    def observe(self, state: np.ndarray) -> np.ndarray:
-        """Observations float32 [N, K, o] of states [N, K, s]."""
+    def observe(self, state: Any) -> np.ndarray:
+        """Observations float32 [N, K, o] of a state."""
         ...
 
-    def step(
-        self, tasks: np.ndarray, state: np.ndarray, actions: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def step(self, tasks: np.ndarray, state: Any, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray]:
         """One env step of every copy.
 
         Args:
             tasks: [N, d].
-            state: [N, K, s]; it is left as it is.
+            state: of N x K copies; it is left as it is.
             actions: int64 [N, K], or float [N, K, a], which is clipped to [-1, 1].
 
         Returns:
-            States [N, K, s], rewards float64 [N, K], terminated bool [N, K].
+            The next state, rewards float64 [N, K], terminated bool [N, K].
         """
         ...
 
@@ -103,6 +108,9 @@ class FamilyConfig(Config):
     name: FamilyName = Field(default="navigation", description="the family of environments")
     horizon: int | None = Field(
         default=None, ge=1, le=10_000, description="env steps of an episode; null: the family's own"
+    )
+    game: Literal["asterix", "breakout", "freeway", "seaquest", "space_invaders"] = Field(
+        default="breakout", description="minatar: which game"
     )
     ranges: dict[str, tuple[float, float]] = Field(
         default={},
@@ -125,6 +133,12 @@ def make_family(config: FamilyConfig) -> Family:
                 f"family.ranges: {config.name} has no physical constants to set; cartpole and acrobot have; leave ranges out"
             )
         options["ranges"] = config.ranges
+    if module == "minatar_family":
+        options["game"] = config.game
+    elif config.game != "breakout":
+        raise StillhouseError(
+            f"family.game: {config.game!r} was given, but {config.name} is no game of MinAtar; leave game out, or take the family minatar"
+        )
     made: Family = getattr(importlib.import_module(f"stillhouse.envs.{module}"), name)(**options)
     return made
 

@@ -5,6 +5,9 @@ return on ``[o, o^2, t, t^2, t^3, 1]``, with o the observation clipped to [-10, 
 trajectories that it is subtracted from. Advantages are generalised advantage estimates (Schulman et al. 2016,
 https://arxiv.org/abs/1506.02438), made to have mean 0 and standard deviation 1 over each task's env steps.
 
+Of observations of more than 32 numbers (MinAtar's planes) the baseline sees the time alone: their weights would fit the few trajectories of
+a task by heart, and leave no advantages.
+
 The horizon is the end of the task: nothing is bootstrapped from there. The baseline knows the time, so this is the value of a problem with
 so many steps, and no step's value depends on what would come after.
 """
@@ -23,6 +26,7 @@ from stillhouse.returns import generalized_advantages
 
 _RIDGE = 1e-5
 _LARGEST_FEATURE = 10.0
+_WIDEST = 32  # numbers of an observation that the baseline is fitted to
 
 
 class Trajectories(NamedTuple):
@@ -115,7 +119,12 @@ def discounted_returns(trajectories: Trajectories, discount: float) -> np.ndarra
 
 def baseline(trajectories: Trajectories, targets: np.ndarray) -> np.ndarray:
     """The linear baseline fitted to targets [N, K, T], at each env step [N, K, T]; 0 after the end."""
-    observed = np.clip(trajectories.observations, -_LARGEST_FEATURE, _LARGEST_FEATURE).astype(np.float64)
+    observed = (
+        trajectories.observations
+        if trajectories.observations.shape[-1] <= _WIDEST
+        else trajectories.observations[..., :0]
+    )
+    observed = np.clip(observed, -_LARGEST_FEATURE, _LARGEST_FEATURE).astype(np.float64)
     count, rollouts, length = targets.shape
     time = np.arange(length)[:, None] / 100
     of_time = np.broadcast_to(

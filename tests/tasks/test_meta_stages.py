@@ -202,7 +202,7 @@ def test_a_family_of_two_is_judged_on_both(
     run: Callable[..., dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Family:
-        discrete = False
+        name = "two"
 
         def members(self, split: str) -> int:
             return 2
