@@ -2,7 +2,7 @@
 
     python -m benchmarks.rl2 --baselines                       # every setting's baselines that have no result yet
     python -m benchmarks.rl2 --only bandits-10-5 --seeds 100 101 102
-    python -m benchmarks.rl2 --results                         # the committed results from what lies in --work
+    python -m benchmarks.rl2 --results --only bandits-10-5     # these settings' committed results from what lies in --work
 
 All runs of a setting and all its baselines meet the same test tasks with the same noise. Settings of baselines are chosen on tasks of their own, by the
 grids of the paper's code. A run keeps its training state in --work, and goes on from it when it is called again. Seconds are of the process, on one
@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from benchmarks.machine import provenance, save
+from benchmarks.machine import load, provenance, save
 from stillhouse.checkpoint import load_state, save_state
 from stillhouse.envs.bandits import BanditConfig
 from stillhouse.envs.tabular import TabularConfig
@@ -259,9 +259,15 @@ def main() -> None:
             train(arguments.work, setting, seed)
     if arguments.results:
         for name, kind in (("bandits", "bandits-"), ("tabular_mdps", "mdps-")):
-            found = collect(arguments.work, [setting for setting in SETTINGS if setting.startswith(kind)])
+            found = collect(
+                arguments.work, [setting for setting in arguments.only if setting.startswith(kind)]
+            )
             if found:
-                save(f"meta_learning/{name}", {"settings": found, "provenance": provenance()})
+                about = provenance()
+                new = {setting: {**result, "provenance": about} for setting, result in found.items()}
+                settings = {**load(f"meta_learning/{name}").get("settings", {}), **new}  # others stay
+                ordered = {setting: settings[setting] for setting in SETTINGS if setting in settings}
+                save(f"meta_learning/{name}", {"settings": ordered, "provenance": about})
 
 
 if __name__ == "__main__":

@@ -10,10 +10,14 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from stillhouse.checkpoint import save_checkpoint, save_state
 from stillhouse.config import parse
 from stillhouse.envs.families import PLAYED
 from stillhouse.envs.make import EnvironmentConfig
+from stillhouse.errors import StillhouseError
 from stillhouse.files import write_json
 from stillhouse.meta import METHODS, MetaLearner
 from stillhouse.processor import use_one_core
@@ -45,6 +49,7 @@ def meta_train(context: StageContext) -> None:
     learner = make_meta_learner(settings, where, context.seed, context.device)
     curve = Curve(context, "meta_updates", learner.columns)
     curve.follow(learner)
+    learnt = _finite(learner.learnt(), where)
     path = FOLDER / f"{context.name}-s{context.seed}"
     curve.write(path.with_name(f"{path.name}.csv"))
     last = curve.rows[-1] if curve.rows else []
@@ -56,7 +61,7 @@ def meta_train(context: StageContext) -> None:
             **dict(zip(["meta_updates", *learner.columns.values()], last, strict=False)),
         },
     )
-    save_state(path, learner.learnt())
+    save_state(path, learnt)
     family = getattr(learner, "family", None)
     if family is not None and family.name in PLAYED:  # a policy like any student's
         environment = EnvironmentConfig(id=PLAYED[family.name])
@@ -66,6 +71,26 @@ def meta_train(context: StageContext) -> None:
             "seed": context.seed,
         }
         save_checkpoint(Path("data/students") / path.name, learner.network(), details)  # type: ignore[attr-defined]
+
+
+def _finite(learnt: dict[str, Any], where: str) -> dict[str, Any]:
+    """What was learnt, where every number of it is finite: a loss tells of the weights before the last step.
+
+    Raises:
+        StillhouseError: it is not.
+    """
+    todo: list[Any] = [learnt]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, dict):
+            todo += value.values()
+        elif isinstance(value, list | tuple):
+            todo += value
+        elif (
+            isinstance(value, torch.Tensor | np.ndarray | float) and not np.isfinite(np.asarray(value)).all()
+        ):
+            raise StillhouseError(f"{where}: what was learnt is no longer finite; lower its learning rates")
+    return learnt
 
 
 if __name__ == "__main__":

@@ -229,6 +229,24 @@ def test_a_family_of_two_is_judged_on_both(
     assert json.loads(Path("data/adaptation/maml-s0.json").read_text())["tasks"] == 2
 
 
+def test_what_is_not_finite_is_not_kept(
+    run: Callable[..., dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Blown:
+        columns = {"loss/query": "loss"}
+
+        def train(self) -> Iterator[Report]:
+            yield Report(1, 1, {"loss/query": 1.0})
+
+        def learnt(self) -> dict[str, Any]:
+            return {"weights": {"dense": np.array([1.0, np.inf])}}
+
+    monkeypatch.setattr("tasks.meta_train.make_meta_learner", lambda *_: Blown())
+    with pytest.raises(StillhouseError, match=r"^meta_train.maml: what was learnt is no longer finite"):
+        run("maml")
+    assert not Path("data/meta").exists()
+
+
 def test_what_diverges_has_no_number(
     run: Callable[..., dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
