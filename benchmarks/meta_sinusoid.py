@@ -32,10 +32,10 @@ from stillhouse.envs.optimisees import OptimiseeConfig
 from stillhouse.envs.sinusoid import SinusoidConfig
 from stillhouse.meta.few_shot import TaskBatch, TaskBatches, adaptation_errors
 from stillhouse.meta.inner_loop import adapt_for_evaluation
-from stillhouse.meta.learned_update import MetaSGDConfig, learned_update
-from stillhouse.meta.lstm_optimiser import LSTMOptimiserConfig, lstm_optimiser
-from stillhouse.meta.maml import MAMLConfig, maml, meta_losses
-from stillhouse.meta.reptile import ReptileConfig, reptile
+from stillhouse.meta.learned_update import MetaSGD, MetaSGDConfig
+from stillhouse.meta.lstm_optimiser import LSTMOptimiser, LSTMOptimiserConfig
+from stillhouse.meta.maml import MAML, MAMLConfig, meta_losses
+from stillhouse.meta.reptile import Reptile, ReptileConfig
 from stillhouse.networks.batched import PerceptronSize, Weights, initial_weights, predict
 from stillhouse.networks.parameters import FlatParameters
 from stillhouse.processor import use_one_core
@@ -56,7 +56,7 @@ COMMON: dict[str, Any] = {
     "meta_rate_decay": "cosine",
     "meta_rate": 2e-3,
 }
-MAML, META_SGD, REPTILE = "MAML", "Meta-SGD", "Reptile (MAML's tasks and network)"
+MAML_USUAL, META_SGD, REPTILE = "MAML", "Meta-SGD", "Reptile (MAML's tasks and network)"
 MAML_LONG, PRETRAINING, ORACLE = "MAML, trained with K = 5 and 3 steps", "pretraining", "oracle"
 ARMS: dict[str, Config] = {
     MAML_LONG: MAMLConfig(
@@ -69,7 +69,7 @@ ARMS: dict[str, Config] = {
         meta_rate=3e-3,
         meta_rate_decay="cosine",
     ),
-    MAML: MAMLConfig(**COMMON),
+    MAML_USUAL: MAMLConfig(**COMMON),
     "first-order MAML": MAMLConfig(**COMMON, first_order=True),
     META_SGD: MetaSGDConfig(**COMMON),
     REPTILE: ReptileConfig(
@@ -116,12 +116,12 @@ def meta_train(config: Config, seed: int) -> dict[str, Any]:
     """Train one arm and seed; errors by K, the learning curve in tenths, CPU seconds."""
     learner: Any
     if isinstance(config, MAMLConfig):
-        learner = maml(config, seed)
+        learner = MAML(config, seed)
     elif isinstance(config, MetaSGDConfig):
-        learner = learned_update(config, seed)
+        learner = MetaSGD(config, seed)
     else:
         assert isinstance(config, ReptileConfig)
-        learner = reptile(config, seed)
+        learner = Reptile(config, seed)
     start = time.process_time()
     curve = [next(iter(report.metrics.values())) for report in learner.train()]
     seconds = time.process_time() - start
@@ -255,18 +255,18 @@ def sinusoid_notes(arms: Mapping[str, Any]) -> list[str]:
         return float(np.mean([np.nan if value is None else value for value in found]))
 
     lines = []
-    for name in (MAML_LONG, MAML, PRETRAINING):
+    for name in (MAML_LONG, MAML_USUAL, PRETRAINING):
         if name in arms:
             means = [mean(name, 5, steps) for steps in SHOWN]
             found = "/".join("diverged" if math.isnan(each) else f"{each:.3f}" for each in means)
             paper = "2.41/2.23/2.19" if name == PRETRAINING else "0.67/0.38/0.35"
             lines.append(f"{name}: 5-shot error after 1/5/10 steps {found}; the paper's Table 2 has {paper}.")
-    if {MAML, META_SGD} <= set(arms):
+    if {MAML_USUAL, META_SGD} <= set(arms):
         lines.append(
-            f"10 shots, 1 step: {META_SGD} {mean(META_SGD, 10, 1):.3f}, MAML {mean(MAML, 10, 1):.3f} (the same budget)."
+            f"10 shots, 1 step: {META_SGD} {mean(META_SGD, 10, 1):.3f}, MAML {mean(MAML_USUAL, 10, 1):.3f} (the same budget)."
         )
-    if {MAML, REPTILE} <= set(arms):
-        own, other = mean(REPTILE, 10, STEPS), mean(MAML, 10, STEPS)
+    if {MAML_USUAL, REPTILE} <= set(arms):
+        own, other = mean(REPTILE, 10, STEPS), mean(MAML_USUAL, 10, STEPS)
         lines.append(
             f"10 shots, {STEPS} steps: {REPTILE} {own:.3f}, MAML {other:.3f}: a ratio of {own / other:.2f}; after {MORE_STEPS} steps Reptile has "
             f"{mean(REPTILE, 10, MORE_STEPS):.3f}."
@@ -279,7 +279,7 @@ def sinusoid_notes(arms: Mapping[str, Any]) -> list[str]:
 
 def learn_to_optimise(kind: str, seed: int) -> dict[str, Any]:
     """Train the LSTM on one kind of problem; losses of all optimisers on 128 test problems."""
-    learner = lstm_optimiser(OPTIMISERS[kind], seed)
+    learner = LSTMOptimiser(OPTIMISERS[kind], seed)
     start = time.process_time()
     curve = [report.metrics["loss/optimisee_end"] for report in learner.train()]
     seconds = time.process_time() - start

@@ -16,19 +16,16 @@ import numpy as np
 from stillhouse.types import Report
 
 METHODS: dict[str, tuple[str, str]] = {
-    "maml": ("maml", "MAMLConfig"),
-    "reptile": ("reptile", "ReptileConfig"),
-    "learned_update": ("learned_update", "MetaSGDConfig"),
-    "lstm_optimiser": ("lstm_optimiser", "LSTMOptimiserConfig"),
-    "maml_rl": ("maml_rl", "MamlRlConfig"),
-    "reptile_rl": ("reptile_rl", "ReptileRlConfig"),
-    "rl2": ("rl2", "RL2Config"),
+    "maml": ("MAML", "MAMLConfig"),
+    "reptile": ("Reptile", "ReptileConfig"),
+    "learned_update": ("MetaSGD", "MetaSGDConfig"),
+    "lstm_optimiser": ("LSTMOptimiser", "LSTMOptimiserConfig"),
+    "maml_rl": ("MamlRl", "MamlRlConfig"),
+    "reptile_rl": ("ReptileRl", "ReptileRlConfig"),
+    "rl2": ("RL2", "RL2Config"),
     "hypernetwork": ("Hypernetwork", "HypernetworkConfig"),
 }
-"""Module's name to what makes its meta-learner, and the class of its settings.
-
-The former is called with the settings, the seed and the device, and gives a :class:`MetaLearner`.
-"""
+"""Module's name to its :class:`MetaLearner`, which is made of settings, seed and device, and the class of the settings."""
 
 
 @dataclass(frozen=True)

@@ -219,8 +219,3 @@ class MetaSGD:
         take_over(
             {**self.initialisation, **{f"rate_of_{name}": rate for name, rate in self.rates.items()}}, learnt
         )
-
-
-def learned_update(config: MetaSGDConfig, seed: int, device: str = "cpu") -> MetaSGD:
-    """A meta-learner of the method ``learned_update``."""
-    return MetaSGD(config, seed, device)

@@ -324,8 +324,3 @@ def tuned(functions: Problems, rule: Rule, steps: int) -> float:
     """The rate of :data:`RATES` that leaves the smallest mean loss after so many steps."""
     ends = [minimise(functions, by_rule(rule, rate), steps)[:, -1].mean() for rate in RATES]
     return RATES[int(np.argmin(np.nan_to_num(ends, nan=np.inf, posinf=np.inf)))]
-
-
-def lstm_optimiser(config: LSTMOptimiserConfig, seed: int, device: str = "cpu") -> LSTMOptimiser:
-    """A meta-learner of the method ``lstm_optimiser``."""
-    return LSTMOptimiser(config, seed, device)

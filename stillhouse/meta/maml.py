@@ -244,8 +244,3 @@ class MAML:
             StillhouseError: it is of another network.
         """
         take_over(self.initialisation, learnt)
-
-
-def maml(config: MAMLConfig, seed: int, device: str = "cpu") -> MAML:
-    """A meta-learner of the method ``maml``."""
-    return MAML(config, seed, device)

@@ -89,15 +89,6 @@ class MamlRlConfig(PolicyGradientConfig):
     )
 
 
-def maml_rl(config: MamlRlConfig, seed: int, device: str = "cpu") -> MamlRl:
-    """What the pipeline calls.
-
-    Raises:
-        StillhouseError: a family that cannot be made.
-    """
-    return MamlRl(config, seed, device)
-
-
 def outer_objective(
     policy: StochasticPolicy, parameters: Tensor, batch: Batch, clip_range: float = 0.0
 ) -> Tensor:

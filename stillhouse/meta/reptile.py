@@ -258,8 +258,3 @@ class Reptile:
             StillhouseError: it is of another network.
         """
         take_over(self.initialisation, learnt)
-
-
-def reptile(config: ReptileConfig, seed: int, device: str = "cpu") -> Reptile:
-    """A meta-learner of the method ``reptile``."""
-    return Reptile(config, seed, device)

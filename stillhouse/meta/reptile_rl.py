@@ -44,15 +44,6 @@ class ReptileRlConfig(PolicyGradientConfig):
     outer_rate: float = Field(default=1.0, gt=0, le=1, description="epsilon at first; it falls linearly to 0")
 
 
-def reptile_rl(config: ReptileRlConfig, seed: int, device: str = "cpu") -> ReptileRl:
-    """What the pipeline calls.
-
-    Raises:
-        StillhouseError: a family that cannot be made.
-    """
-    return ReptileRl(config, seed, device)
-
-
 class ReptileRl:
     """The meta-learner.
 

@@ -457,8 +457,3 @@ class RL2:
         with torch.no_grad():
             for name, value in self.policy.state_dict().items():
                 value.copy_(torch.as_tensor(np.array(learnt[name])))
-
-
-def rl2(config: RL2Config, seed: int, device: str = "cpu") -> RL2:
-    """The method, as :data:`stillhouse.meta.METHODS` names it."""
-    return RL2(config, seed, device)

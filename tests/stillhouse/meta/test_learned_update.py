@@ -13,7 +13,7 @@ from stillhouse.checkpoint import load_state, save_state
 from stillhouse.config import parse
 from stillhouse.errors import StillhouseError
 from stillhouse.meta.few_shot import TaskBatch
-from stillhouse.meta.learned_update import MetaSGD, MetaSGDConfig, learned_update
+from stillhouse.meta.learned_update import MetaSGD, MetaSGDConfig
 from stillhouse.meta.maml import meta_losses
 from stillhouse.networks.batched import PerceptronSize, initial_weights
 
@@ -23,7 +23,7 @@ SMALL: dict[str, Any] = {"meta_updates": 130, "network": PerceptronSize(hidden=(
 
 
 def trained(config: MetaSGDConfig, seed: int = 0) -> MetaSGD:
-    learner = learned_update(config, seed)
+    learner = MetaSGD(config, seed)
     for _ in learner.train():
         pass
     return learner
@@ -68,13 +68,13 @@ def test_the_gradient_of_the_rates_is_that_of_finite_differences() -> None:
 
 def test_rates_start_in_their_bounds_and_are_learnt() -> None:
     config = MetaSGDConfig(**SMALL)
-    fresh = learned_update(config, 0)
+    fresh = MetaSGD(config, 0)
     before = torch.cat([rate.detach().flatten().clone() for rate in fresh.rates.values()])
     assert before.min() >= 0.005 and before.max() <= 0.01 and before.std() > 0.001
     learner = trained(config)
     after = torch.cat([rate.detach().flatten() for rate in learner.rates.values()])
     assert not torch.allclose(before, after)
-    *_, report = learned_update(config, 0).train()
+    *_, report = MetaSGD(config, 0).train()
     assert np.isclose(report.metrics["rate/mean"], float(after.mean()))
     assert np.isclose(report.metrics["rate/negative"], float((after < 0).float().mean()))
 
@@ -94,10 +94,10 @@ def test_evaluation_uses_the_learnt_rates() -> None:
 def test_an_interrupted_run_ends_in_the_same_bytes(tmp_path: Path) -> None:
     config = MetaSGDConfig(**SMALL)
     whole = trained(config)
-    broken = learned_update(config, 0)
+    broken = MetaSGD(config, 0)
     next(broken.train())
     save_state(tmp_path / "state", broken.get_state())
-    resumed = learned_update(config, 0)
+    resumed = MetaSGD(config, 0)
     resumed.set_state(load_state(tmp_path / "state"))
     assert [report.done for report in resumed.train()] == [130]
     assert len(whole.learnt()) == 8
@@ -106,7 +106,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_what_was_learnt_is_taken_over_rates_and_all() -> None:
-    source, target = trained(MetaSGDConfig(**SMALL)), learned_update(MetaSGDConfig(**SMALL), 9)
+    source, target = trained(MetaSGDConfig(**SMALL)), MetaSGD(MetaSGDConfig(**SMALL), 9)
     target.load(source.learnt())
     assert np.array_equal(target.evaluate(10, 2, 0).values, source.evaluate(10, 2, 0).values)
     without = {name: each for name, each in source.learnt().items() if not name.startswith("rate_of_")}

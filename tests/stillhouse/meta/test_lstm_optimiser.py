@@ -21,7 +21,6 @@ from stillhouse.meta.lstm_optimiser import (
     LSTMOptimiserConfig,
     by_rule,
     log_and_sign,
-    lstm_optimiser,
     minimise,
     tuned,
     unroll,
@@ -40,7 +39,7 @@ SMALL: dict[str, Any] = {
 
 
 def trained(config: LSTMOptimiserConfig, seed: int = 0) -> LSTMOptimiser:
-    learner = lstm_optimiser(config, seed)
+    learner = LSTMOptimiser(config, seed)
     for _ in learner.train():
         pass
     return learner
@@ -189,7 +188,7 @@ def test_it_learns_to_minimise() -> None:
         hidden=8,
         meta_rate=0.01,
     )
-    fresh, learner = lstm_optimiser(config, 0), trained(config)
+    fresh, learner = LSTMOptimiser(config, 0), trained(config)
     before, after = fresh.evaluate(50, 20, 0), learner.evaluate(50, 20, 0)
     assert (
         after.values.shape == (50, 21)
@@ -206,10 +205,10 @@ def test_an_interrupted_run_ends_in_the_same_bytes(kind: str, tmp_path: Path) ->
     optimisee = OptimiseeConfig(kind=kind, dimensions=2, hidden=2, minibatch=4)  # type: ignore[arg-type]
     config = LSTMOptimiserConfig(**{**SMALL, "optimisee": optimisee}, meta_rate_decay="cosine")
     whole = trained(config)
-    broken = lstm_optimiser(config, 0)
+    broken = LSTMOptimiser(config, 0)
     next(broken.train())
     save_state(tmp_path / "state", broken.get_state())
-    resumed = lstm_optimiser(config, 0)
+    resumed = LSTMOptimiser(config, 0)
     resumed.set_state(load_state(tmp_path / "state"))
     reports = list(resumed.train())
     assert [(report.done, report.total) for report in reports] == [(4, 6), (6, 6)]
@@ -219,17 +218,17 @@ def test_an_interrupted_run_ends_in_the_same_bytes(kind: str, tmp_path: Path) ->
 
 
 def test_what_was_learnt_is_taken_over() -> None:
-    source, target = trained(LSTMOptimiserConfig(**SMALL)), lstm_optimiser(LSTMOptimiserConfig(**SMALL), 5)
+    source, target = trained(LSTMOptimiserConfig(**SMALL)), LSTMOptimiser(LSTMOptimiserConfig(**SMALL), 5)
     target.load(source.learnt())
     assert np.array_equal(source.evaluate(4, 9, 0).values, target.evaluate(4, 9, 0).values)
     with pytest.raises(StillhouseError, match="of another network"):
-        lstm_optimiser(LSTMOptimiserConfig(**{**SMALL, "hidden": 5}), 0).load(source.learnt())
+        LSTMOptimiser(LSTMOptimiserConfig(**{**SMALL, "hidden": 5}), 0).load(source.learnt())
 
 
 def test_too_few_test_problems_are_refused() -> None:
     config = LSTMOptimiserConfig(**{**SMALL, "optimisee": OptimiseeConfig(dimensions=2, test_tasks=3)})
     with pytest.raises(StillhouseError, match="4 test tasks were asked for, but 1 to 3 are there"):
-        lstm_optimiser(config, 0).evaluate(4, 2, 0)
+        LSTMOptimiser(config, 0).evaluate(4, 2, 0)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from stillhouse.config import parse
 from stillhouse.envs.sinusoid import SinusoidConfig, split_of
 from stillhouse.errors import StillhouseError
 from stillhouse.meta.few_shot import TaskBatch, TaskBatches
-from stillhouse.meta.maml import MAML, MAMLConfig, maml, meta_losses
+from stillhouse.meta.maml import MAML, MAMLConfig, meta_losses
 from stillhouse.networks.batched import PerceptronSize, Weights, initial_weights
 
 torch.set_num_threads(1)
@@ -167,7 +167,7 @@ def test_weights_copied_into_a_fresh_network_give_the_initialisation_no_gradient
 
 
 def trained(config: MAMLConfig, seed: int = 0) -> MAML:
-    learner = maml(config, seed)
+    learner = MAML(config, seed)
     for _ in learner.train():
         pass
     return learner
@@ -208,10 +208,10 @@ def test_meta_training_helps_and_an_adapted_network_beats_one_from_fresh_weights
 def test_an_interrupted_run_ends_in_the_same_bytes(settings: dict[str, Any], tmp_path: Path) -> None:
     config = MAMLConfig(**SMALL, **settings, meta_rate_decay="cosine")
     whole = trained(config)
-    broken = maml(config, 0)
+    broken = MAML(config, 0)
     next(broken.train())
     save_state(tmp_path / "state", broken.get_state())
-    resumed = maml(config, 0)
+    resumed = MAML(config, 0)
     resumed.set_state(load_state(tmp_path / "state"))
     reports = list(resumed.train())
     assert [report.done for report in reports] == [200, 230] and reports[0].total == 230
@@ -222,7 +222,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(settings: dict[str, Any], tmp
 
 
 def test_evaluation_leaves_the_learner_as_it_was_and_depends_on_its_seed() -> None:
-    learner = maml(MAMLConfig(**SMALL), 0)
+    learner = MAML(MAMLConfig(**SMALL), 0)
     before = learner.learnt()
     first, again, other = (learner.evaluate(20, 2, seed) for seed in (1, 1, 2))
     assert np.array_equal(first.values, again.values) and not np.array_equal(first.values, other.values)
@@ -233,11 +233,11 @@ def test_evaluation_leaves_the_learner_as_it_was_and_depends_on_its_seed() -> No
 
 
 def test_what_was_learnt_is_taken_over_and_of_another_network_refused() -> None:
-    source, target = trained(MAMLConfig(**SMALL)), maml(MAMLConfig(**SMALL), 9)
+    source, target = trained(MAMLConfig(**SMALL)), MAML(MAMLConfig(**SMALL), 9)
     target.load({name: tensor.numpy() for name, tensor in source.learnt().items()})
     assert np.array_equal(target.evaluate(10, 2, 0).values, source.evaluate(10, 2, 0).values)
     with pytest.raises(StillhouseError, match="of another network") as error:
-        maml(MAMLConfig(), 0).load(source.learnt())
+        MAML(MAMLConfig(), 0).load(source.learnt())
     assert "\n" not in str(error.value)
 
 
@@ -247,7 +247,7 @@ def test_a_loss_that_is_no_number_stops_the_training() -> None:
 
 
 def test_too_few_test_tasks_are_refused() -> None:
-    learner = maml(MAMLConfig(family=SinusoidConfig(test_tasks=5), **SMALL), 0)
+    learner = MAML(MAMLConfig(family=SinusoidConfig(test_tasks=5), **SMALL), 0)
     with pytest.raises(StillhouseError, match="6 test tasks were asked for"):
         learner.evaluate(6, 1, 0)
 
@@ -287,7 +287,7 @@ def test_the_callers_precision_of_products_changes_nothing_and_is_left_as_it_was
 def test_training_may_begin_with_a_single_step() -> None:
     settings = {**SMALL, "meta_updates": 200}
     staged, single = (
-        maml(MAMLConfig(**settings, **more), 0)
+        MAML(MAMLConfig(**settings, **more), 0)
         for more in ({"inner_steps": 3, "one_step_share": 0.5}, {"inner_steps": 1})
     )
     runs = staged.train(), single.train()

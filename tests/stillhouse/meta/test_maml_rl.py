@@ -22,7 +22,7 @@ from stillhouse.meta.inner_update import (
     push_forward,
     surrogate,
 )
-from stillhouse.meta.maml_rl import MamlRl, MamlRlConfig, maml_rl, outer_objective
+from stillhouse.meta.maml_rl import MamlRl, MamlRlConfig, outer_objective
 from stillhouse.meta.trajectories import Batch, make_batch, play
 
 TINY: dict[str, Any] = {
@@ -43,7 +43,7 @@ def config(**settings: Any) -> MamlRlConfig:
 
 def frozen(**settings: Any) -> tuple[MamlRl, Tensor, list[Batch]]:
     """A learner, its initial parameters [P] and a meta-update's trajectories, in float64."""
-    learner = maml_rl(config(**settings), 0)
+    learner = MamlRl(config(**settings), 0)
     random = np.random.default_rng(0)
     tasks = learner.family.sample("train", learner.config.tasks, random)
     batches: list[Batch] = []
@@ -185,7 +185,7 @@ def test_the_curvature_against_the_explicit_hessian_of_the_divergence(name: str,
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_meta_update_stays_within_the_bound_and_improves_the_objective(name: str) -> None:
-    learner = maml_rl(config(family={"name": name, "horizon": 10}, rollouts=10, max_kl=0.02), 1)
+    learner = MamlRl(config(family={"name": name, "horizon": 10}, rollouts=10, max_kl=0.02), 1)
     accepted = 0
     for report in learner.train():
         assert report.metrics["policy/kl"] <= 0.02
@@ -199,7 +199,7 @@ def test_a_meta_update_stays_within_the_bound_and_improves_the_objective(name: s
 def test_ppos_first_meta_update_improves_the_objective() -> None:
     # Later ones carry Adam's moments of other trajectories with them.
     for seed in range(3):
-        found = maml_rl(config(outer="ppo", rollouts=10), seed).update()
+        found = MamlRl(config(outer="ppo", rollouts=10), seed).update()
         assert found["policy/improvement"] > 0
         assert found["policy/kl"] > 0
 
@@ -221,14 +221,14 @@ def test_the_clipped_objective_by_hand() -> None:
 def test_interrupted_and_uninterrupted_training_end_in_the_same_bytes(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    whole = maml_rl(config(**settings), 5)
+    whole = MamlRl(config(**settings), 5)
     reports = list(whole.train())
-    first = maml_rl(config(**settings), 5)
+    first = MamlRl(config(**settings), 5)
     for report in first.train():
         if report.done == 2:
             break
     save_state(tmp_path / "state", first.get_state())
-    second = maml_rl(config(**settings), 5)
+    second = MamlRl(config(**settings), 5)
     second.set_state(load_state(tmp_path / "state"))
     assert [report.metrics for report in second.train()] == [report.metrics for report in reports[2:]]
     for name, values in whole.learnt().items():
@@ -238,7 +238,7 @@ def test_interrupted_and_uninterrupted_training_end_in_the_same_bytes(
 
 
 def test_evaluation_leaves_the_learner_as_it_was_and_has_its_baselines() -> None:
-    learner = maml_rl(config(pretrained=True), 6)
+    learner = MamlRl(config(pretrained=True), 6)
     training = learner.train()
     next(training)
     before = learner.learnt()
@@ -259,19 +259,19 @@ def test_evaluation_leaves_the_learner_as_it_was_and_has_its_baselines() -> None
 
 
 def test_what_was_learnt_can_be_loaded() -> None:
-    learner = maml_rl(config(pretrained=True), 7)
+    learner = MamlRl(config(pretrained=True), 7)
     next(learner.train())
-    other = maml_rl(config(pretrained=True), 8)
+    other = MamlRl(config(pretrained=True), 8)
     other.load({name: values.numpy() for name, values in learner.learnt().items()})
     one, two = learner.evaluate(2, 1, 0), other.evaluate(2, 1, 0)
     assert (one.values == two.values).all()
     assert (one.baselines["pretrained"] == two.baselines["pretrained"]).all()
     with pytest.raises(StillhouseError, match="other hidden widths"):
-        maml_rl(config(hidden=(4,)), 8).load(learner.learnt())
+        MamlRl(config(hidden=(4,)), 8).load(learner.learnt())
 
 
 def test_the_comparison_has_as_many_episodes() -> None:
-    learner = maml_rl(config(pretrained=True, inner_steps=2, family={"name": "navigation", "horizon": 2}), 0)
+    learner = MamlRl(config(pretrained=True, inner_steps=2, family={"name": "navigation", "horizon": 2}), 0)
     next(learner.train())
     assert learner.compared is not None
     assert learner.compared.config.inner_steps == 0
@@ -279,7 +279,7 @@ def test_the_comparison_has_as_many_episodes() -> None:
 
 
 def test_a_policy_that_diverges_stops_training() -> None:
-    learner = maml_rl(config(outer="ppo"), 0)
+    learner = MamlRl(config(outer="ppo"), 0)
     learner.initial.data.fill_(float("inf"))
     with pytest.raises(
         StillhouseError, match="maml_rl: the policy is not finite after meta-update 1; lower inner_rate"
@@ -307,7 +307,7 @@ def test_a_mistake_is_one_line(settings: dict[str, Any], message: str) -> None:
 
 
 def test_more_test_tasks_than_there_are_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    learner = maml_rl(config(), 0)
+    learner = MamlRl(config(), 0)
     monkeypatch.setattr(learner.family, "members", lambda split: 2)
     with pytest.raises(
         StillhouseError, match="3 test tasks were asked for, but navigation has 2; ask for at most 2"
@@ -323,7 +323,7 @@ def test_the_method_is_registered() -> None:
 def test_one_update_goes_further_from_what_was_learnt_than_from_a_fresh_policy() -> None:
     gains, learnt = [], 0
     for seed in range(5):
-        learner = maml_rl(
+        learner = MamlRl(
             parse(
                 MamlRlConfig,
                 {

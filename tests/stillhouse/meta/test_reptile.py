@@ -16,7 +16,7 @@ from stillhouse.config import parse
 from stillhouse.envs.sinusoid import SinusoidConfig
 from stillhouse.errors import StillhouseError
 from stillhouse.meta.few_shot import TaskBatches, squared_errors
-from stillhouse.meta.reptile import Reptile, ReptileConfig, inner_path, reptile
+from stillhouse.meta.reptile import Reptile, ReptileConfig, inner_path
 from stillhouse.networks.batched import PerceptronSize, Weights
 
 torch.set_num_threads(1)
@@ -31,7 +31,7 @@ SMALL: dict[str, Any] = {
 
 
 def trained(config: ReptileConfig, seed: int = 0) -> Reptile:
-    learner = reptile(config, seed)
+    learner = Reptile(config, seed)
     for _ in learner.train():
         pass
     return learner
@@ -66,7 +66,7 @@ def test_the_inner_adam_is_torchs_without_momentum() -> None:
 @pytest.mark.parametrize("tasks", [1, 3])
 def test_an_outer_step_is_the_formula(tasks: int) -> None:
     config = ReptileConfig(**{**SMALL, "meta_updates": 1}, meta_batch=tasks, outer_rate=0.3)
-    learner = reptile(config, 4)
+    learner = Reptile(config, 4)
     before = learner.learnt()
     batch = TaskBatches(config.family, 4, tasks, config.points, 0).batch(0)
     ends: list[Weights] = []
@@ -95,7 +95,7 @@ def test_an_outer_step_is_the_formula(tasks: int) -> None:
 
 def test_epsilon_falls_linearly_or_stays() -> None:
     falling, constant = (
-        reptile(ReptileConfig(**{**SMALL, "meta_updates": 4}, outer_rate=0.2, outer_rate_decay=decay), 0)
+        Reptile(ReptileConfig(**{**SMALL, "meta_updates": 4}, outer_rate=0.2, outer_rate_decay=decay), 0)
         for decay in ("linear", "none")
     )
     assert np.allclose([falling.outer_rate(index) for index in range(4)], [0.2, 0.15, 0.1, 0.05])
@@ -108,10 +108,10 @@ def test_epsilon_falls_linearly_or_stays() -> None:
 def test_an_interrupted_run_ends_in_the_same_bytes(settings: dict[str, Any], tmp_path: Path) -> None:
     config = ReptileConfig(**SMALL, **settings)
     whole = trained(config)
-    broken = reptile(config, 0)
+    broken = Reptile(config, 0)
     next(broken.train())
     save_state(tmp_path / "state", broken.get_state())
-    resumed = reptile(config, 0)
+    resumed = Reptile(config, 0)
     resumed.set_state(load_state(tmp_path / "state"))
     assert [report.done for report in resumed.train()] == [130]
     for name, tensor in whole.learnt().items():

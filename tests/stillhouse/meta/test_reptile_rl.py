@@ -14,7 +14,7 @@ from stillhouse.config import parse
 from stillhouse.errors import StillhouseError
 from stillhouse.meta import METHODS
 from stillhouse.meta.inner_update import inner_gradient
-from stillhouse.meta.reptile_rl import ReptileRl, ReptileRlConfig, reptile_rl
+from stillhouse.meta.reptile_rl import ReptileRl, ReptileRlConfig
 from stillhouse.meta.trajectories import Batch, make_batch, play
 
 TINY: dict[str, Any] = {
@@ -30,7 +30,7 @@ TINY: dict[str, Any] = {
 
 
 def learner(seed: int = 0, **settings: Any) -> ReptileRl:
-    return reptile_rl(parse(ReptileRlConfig, TINY | settings), seed)
+    return ReptileRl(parse(ReptileRlConfig, TINY | settings), seed)
 
 
 def test_an_update_moves_a_share_of_the_way_to_the_mean_of_the_adapted() -> None:

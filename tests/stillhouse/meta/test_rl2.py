@@ -11,7 +11,7 @@ from stillhouse.envs.bandits import BanditConfig
 from stillhouse.envs.tabular import TabularConfig
 from stillhouse.errors import StillhouseError
 from stillhouse.meta import bandit_baselines
-from stillhouse.meta.rl2 import RL2, Batch, RecurrentPolicy, RL2Config, play, rl2
+from stillhouse.meta.rl2 import RL2, Batch, RecurrentPolicy, RL2Config, play
 
 torch.set_num_threads(1)
 
@@ -262,7 +262,7 @@ def test_it_learns_to_explore_and_to_use_what_it_found() -> None:
     config = RL2Config(family=family, width=24, updates=40, trials=400, minibatches=8, learning_rate=0.01)
     gains = []
     for seed in range(5):
-        learner = rl2(config, seed)
+        learner = RL2(config, seed)
         list(learner.train())
         found = learner.evaluate(2000, 5, 0)
         gains.append(found.values.sum(1).mean() - found.baselines["random"].sum(1).mean())
