@@ -14,7 +14,7 @@ import pytest
 
 from stillhouse.checkpoint import load_checkpoint, load_state
 from stillhouse.errors import StillhouseError
-from stillhouse.meta import Adaptation
+from stillhouse.meta import METHODS, Adaptation
 from stillhouse.types import Report
 from tasks import meta_train as training
 from tasks.meta_evaluate import meta_evaluate
@@ -227,6 +227,12 @@ def test_a_family_of_two_is_judged_on_both(
         monkeypatch.setattr(f"{module}.make_meta_learner", lambda *_: Two())
     run("maml")
     assert json.loads(Path("data/adaptation/maml-s0.json").read_text())["tasks"] == 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_makes_its_meta_learner_from_a_block(method: str) -> None:
+    learner = training.make_meta_learner({"method": method}, "meta_train.m", 0, "cpu")
+    assert type(learner).__name__ == METHODS[method][0] and learner.columns
 
 
 def test_what_is_not_finite_is_not_kept(

@@ -13,7 +13,6 @@ from torch import Tensor
 from stillhouse.checkpoint import load_state, save_state
 from stillhouse.config import parse
 from stillhouse.errors import StillhouseError
-from stillhouse.meta import METHODS
 from stillhouse.meta.inner_update import (
     hessian_product,
     inner_chain,
@@ -313,10 +312,6 @@ def test_more_test_tasks_than_there_are_is_refused(monkeypatch: pytest.MonkeyPat
         StillhouseError, match="3 test tasks were asked for, but navigation has 2; ask for at most 2"
     ):
         learner.evaluate(3, 1, 0)
-
-
-def test_the_method_is_registered() -> None:
-    assert METHODS["maml_rl"] == ("maml_rl", "MamlRlConfig")
 
 
 @pytest.mark.learning

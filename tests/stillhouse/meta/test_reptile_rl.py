@@ -12,7 +12,6 @@ from stillhouse import seeding
 from stillhouse.checkpoint import load_state, save_state
 from stillhouse.config import parse
 from stillhouse.errors import StillhouseError
-from stillhouse.meta import METHODS
 from stillhouse.meta.inner_update import inner_gradient
 from stillhouse.meta.reptile_rl import ReptileRl, ReptileRlConfig
 from stillhouse.meta.trajectories import Batch, make_batch, play
@@ -96,7 +95,3 @@ def test_a_mistake_is_one_line() -> None:
     diverged.initial = diverged.initial + float("inf")
     with pytest.raises(StillhouseError, match="reptile_rl: the policy is not finite after meta-update 1"):
         next(diverged.train())
-
-
-def test_the_method_is_registered() -> None:
-    assert METHODS["reptile_rl"] == ("reptile_rl", "ReptileRlConfig")
