@@ -87,7 +87,8 @@ def _finite(learnt: dict[str, Any], where: str) -> dict[str, Any]:
         elif isinstance(value, list | tuple):
             todo += value
         elif (
-            isinstance(value, torch.Tensor | np.ndarray | float) and not np.isfinite(np.asarray(value)).all()
+            isinstance(value, torch.Tensor | np.ndarray | float)
+            and not torch.as_tensor(value).isfinite().all()
         ):
             raise StillhouseError(f"{where}: what was learnt is no longer finite; lower its learning rates")
     return learnt
