@@ -37,6 +37,7 @@ def run_suite(suite: str, work: Path) -> tuple[Path, Results, dict[str, Any]]:
         clone(folder)
     subprocess.run([*STILLHOUSE, "run", suite, "--in-place"], cwd=folder, check=True)
     parameters = YAML(typ="safe").load((folder / "params/pipeline.yaml").read_text())
+    # A clone from before a block was invented has none of it.
     results = gather({key: parameters.get(key, {}) for key in BLOCKS}, folder)
     command = ["git", "rev-parse", "--short=12", "HEAD"]
     commit = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()

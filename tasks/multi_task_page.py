@@ -51,16 +51,17 @@ SECTIONS = (
         "multi_task_classic",
         "One network for four classic environments",
         sharing_tables,
-        "The papers of the balancings have supervised problems, and no such table. All networks have the same settings; which balancing is best was "
-        "not known before, and these seeds do not say which is best elsewhere.",
+        "Of the balancings' papers PCGrad's alone has reinforcement learning, in other environments (Meta-World). All networks here have the same "
+        "settings; which balancing is best was not known before, and these seeds do not say which is best elsewhere.",
     ),
     Section(
         "multi_task_minatar",
         "One network for five MinAtar games",
         sharing_tables,
-        "Rusu et al. 2016's networks of ten Atari games learn worse jointly than alone; theirs have no balancing. Here the learning rate and the "
-        "network were chosen on development seeds, and for time, before any score was seen, networks without balancing, with own adapters and by soft "
-        "sharing were taken out of the suite and the student's updates halved.",
+        "Rusu et al. 2016's Multi-DQN, one network for three Atari games without balancing, has 83.5 % of single networks in the geometric mean, and what "
+        "is distilled into such a network 116.9 %. Here the joint network is four times as wide as one expert; its learning rate and structure were chosen on "
+        "development seeds. For time, before any network was judged (returns in training had been seen), networks without balancing, with own adapters and "
+        "by soft sharing were taken out of the suite, and the student's updates were halved.",
     ),
     Section(
         "distral_two_rooms",

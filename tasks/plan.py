@@ -15,6 +15,7 @@ import shlex
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -437,28 +438,18 @@ def _in_order(stages: list[Stage]) -> list[Stage]:
     """
     makers = {path: stage.name for stage in stages for path in stage.writes}
     waiting = {stage.name: {makers[dep] for dep in stage.deps if dep in makers} for stage in stages}
+    try:
+        TopologicalSorter(waiting).prepare()
+    except CycleError as error:
+        raise StillhouseError(
+            f"these stages wait for each other: {', then '.join(error.args[1])}; take another source or teacher"
+        ) from None
     ordered: dict[str, Stage] = {}
-    left = stages
-    while left:
-        before = len(ordered)
-        for stage in left:
+    while len(ordered) < len(stages):  # the sorter's own order would mix what stands together
+        for stage in stages:
             if waiting[stage.name] <= ordered.keys():
-                ordered[stage.name] = stage
-        left = [stage for stage in left if stage.name not in ordered]
-        if len(ordered) == before:
-            raise StillhouseError(
-                f"these stages wait for each other: {_circle(waiting, ordered)}; take another source or teacher"
-            )
+                ordered.setdefault(stage.name, stage)
     return list(ordered.values())
-
-
-def _circle(waiting: dict[str, set[str]], done: Iterable[str]) -> str:
-    """One circle among the stages that are not done."""
-    left = set(waiting) - set(done)
-    way = [min(left)]
-    while way[-1] not in way[:-1]:
-        way.append(min(waiting[way[-1]] & left))
-    return " reads ".join(way[way.index(way[-1]) :])
 
 
 # What each way reads of its target's block, beside what all read.

@@ -347,7 +347,7 @@ def test_adapted_agents_are_teachers(project):
         text=ADOPTED + "train_multi_task:\n  all: {environments: [long], learner: {algorithm: fine_tuned}}\n",
     )
     refused(
-        r"these stages wait for each other: (\S+ reads )*adopt_teacher-long-s0 reads .*; take another source or teacher",
+        r"these stages wait for each other: (\S+, then )*(adopt_teacher|fine_tune)-long-\S+, then .*; take another source or teacher",
         "fine_tune.long.sources=[long]",
         "train_teacher.long.source=long",
     )

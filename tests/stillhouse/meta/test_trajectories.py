@@ -61,6 +61,22 @@ def test_the_baseline_is_the_ridge_regression_of_valid_env_steps_by_hand() -> No
     np.testing.assert_allclose(found[0, 0], [*(features @ weights), 0], rtol=1e-6)
 
 
+def test_of_wide_observations_the_baseline_sees_the_time_alone() -> None:
+    played = trajectories([[0] * 10] * 4, [10] * 4, [False] * 4)
+    random = np.random.default_rng(1)
+    targets = random.normal(size=(1, 4, 10))
+    wide, other, narrow = (
+        played._replace(observations=random.normal(size=(1, 4, 10, width)).astype(np.float32))
+        for width in (33, 33, 32)
+    )
+    found = baseline(wide, targets)
+    np.testing.assert_allclose(found[0, 0], found[0, 3])  # the same at the same time of every episode
+    np.testing.assert_allclose(found, baseline(other, targets))
+    assert (
+        np.abs(baseline(narrow, targets) - targets).max() < 1e-3 < np.abs(found - targets).max()
+    )  # by heart
+
+
 def test_tasks_have_baselines_of_their_own() -> None:
     one = trajectories([[0] * 10] * 2, [10, 10], [False] * 2)
     both = Trajectories(*(np.concatenate([part, part]) for part in one))
