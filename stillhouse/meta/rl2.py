@@ -55,6 +55,16 @@ class RL2Config(Config):
     method: Literal["rl2"] = "rl2"
     family: Annotated[BanditConfig | TabularConfig, Field(discriminator="family")] = BanditConfig()
     width: int = Field(default=64, ge=1, le=4096, description="hidden units of the GRU")
+    memory: int = Field(
+        default=0,
+        ge=0,
+        le=10**6,
+        description="chrono initialisation: how many env steps the GRU's slowest units remember at first; 0: torch's",
+    )
+    embedding: Literal["separate", "joint"] = Field(
+        default="separate",
+        description="of the step before; joint: beside the rest, the pair of its state and action, and its reward at that pair's place",
+    )
     updates: int = Field(default=250, ge=1, le=10**7, description="budget in batches of trials")
     trials: int = Field(default=2000, ge=2, le=10**6, description="of a batch, each of a new task")
     epochs: int = Field(default=2, ge=1, le=100, description="passes over each batch")
@@ -99,17 +109,28 @@ class RecurrentPolicy(nn.Module):
         actions: A.
         width: hidden units.
         generator: of the initial weights.
+        embedding: of the step before.
+        memory: of the GRU at first.
 
     Attributes:
         inputs: numbers that the GRU sees at a step.
     """
 
-    def __init__(self, states: int, actions: int, width: int, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        states: int,
+        actions: int,
+        width: int,
+        generator: torch.Generator,
+        embedding: Literal["separate", "joint"] = "separate",
+        memory: int = 0,
+    ) -> None:
         super().__init__()
         self.states = states if states > 1 else 0
         self.actions = actions
-        self.inputs = self.states + actions + 2
-        self.gru = GRU(self.inputs, width, generator)
+        self.pairs = states * actions if embedding == "joint" else 0
+        self.inputs = self.states + actions + 2 * self.pairs + 2
+        self.gru = GRU(self.inputs, width, generator, memory)
         self.policy = nn.Linear(width, actions)
         self.value = nn.Linear(width, 1)
         with torch.no_grad():
@@ -121,21 +142,25 @@ class RecurrentPolicy(nn.Module):
         self,
         inputs: np.ndarray,
         state: np.ndarray,
-        previous: tuple[np.ndarray, np.ndarray, np.ndarray] | None,
+        previous: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None,
     ) -> None:
         """Fill a row of zeros.
 
         Args:
             inputs: float32 [B, ``inputs``], overwritten.
             state: int64 [B].
-            previous: actions, rewards and whether the episode ended then, [B] each; none at a trial's first step.
+            previous: states, actions, rewards and whether the episode ended then, [B] each; none at a trial's first step.
         """
         rows = np.arange(len(inputs))
         if self.states:
             inputs[rows, state] = 1
         if previous:
-            actions, rewards, ended = previous
+            states, actions, rewards, ended = previous
             inputs[rows, self.states + actions] = 1
+            if self.pairs:
+                pair = self.states + self.actions + states * self.actions + actions
+                inputs[rows, pair] = 1
+                inputs[rows, self.pairs + pair] = rewards
             inputs[:, -2] = rewards
             inputs[:, -1] = ended
 
@@ -205,10 +230,11 @@ def play(policy: RecurrentPolicy, trials: Trials, noise: np.random.Generator, de
         actions = (batch.logits[step].numpy() - np.log(np.maximum(drawn, np.float32(1e-30)))).argmax(1)
         batch.actions[step] = torch.from_numpy(actions)
         batch.episodes[step] = trials.episode
+        state = trials.state.copy()
         result = trials.step(actions)
         batch.rewards[step] = result.rewards
         batch.counted[step] = result.counted
-        previous = (actions, result.rewards, result.ended)
+        previous = (state, actions, result.rewards, result.ended)
         step += 1
     batch.cut(step)
     return batch
@@ -242,7 +268,12 @@ class RL2:
         self.device = device
         family = config.family
         self.policy = RecurrentPolicy(
-            family.states, family.actions, config.width, seeding.torch_generator(seed, "rl2", "policy")
+            family.states,
+            family.actions,
+            config.width,
+            seeding.torch_generator(seed, "rl2", "policy"),
+            config.embedding,
+            config.memory,
         ).to(device)
         self.parameters = FlatParameters(self.policy, config.learning_rate, epsilon=1e-5)
         self.done = 0

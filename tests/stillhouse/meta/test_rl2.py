@@ -248,9 +248,33 @@ def test_inputs_are_written_by_hand() -> None:
     policy = RecurrentPolicy(3, 2, 4, seeding.torch_generator(0, "x"))
     row = np.zeros((2, policy.inputs), np.float32)
     policy.write_inputs(
-        row, np.array([2, 0]), (np.array([0, 1]), np.array([0.5, -1.0]), np.array([False, True]))
+        row,
+        np.array([2, 0]),
+        (np.array([1, 2]), np.array([0, 1]), np.array([0.5, -1.0]), np.array([False, True])),
     )
     assert row.tolist() == [[0, 0, 1, 1, 0, 0.5, 0], [1, 0, 0, 0, 1, -1, 1]]
+
+
+def test_joint_inputs_have_the_pair_of_state_and_action_before_and_its_reward_besides() -> None:
+    policy = RecurrentPolicy(3, 2, 4, seeding.torch_generator(0, "x"), "joint")
+    row = np.zeros((1, policy.inputs), np.float32)
+    policy.write_inputs(
+        row, np.array([2]), (np.array([1]), np.array([0]), np.array([0.5]), np.array([False]))
+    )
+    pair, paid = [0, 0, 1, 0, 0, 0], [0, 0, 0.5, 0, 0, 0]  # state 1 with action 0
+    assert row.tolist() == [[0, 0, 1, 1, 0, *pair, *paid, 0.5, 0]]
+
+
+def test_playing_gives_the_state_before_an_action_to_the_joint_embedding() -> None:
+    family = TabularConfig(states=3, actions=2, episodes=3, episode_length=4)
+    policy = RecurrentPolicy(3, 2, 4, seeding.torch_generator(0, "x"), "joint")
+    trials = family.play(family.draw(5, family.random("train", 0, "t")), family.random("train", 0, "n"), 3)
+    batch = play(policy, trials, seeding.generator(0, "play"))
+    states = batch.inputs[:, :, :3].argmax(2)
+    pairs = batch.inputs[1:, :, 5:11]
+    assert torch.equal(pairs.sum(2), torch.ones(11, 5))
+    assert torch.equal(pairs.argmax(2), states[:-1] * 2 + batch.actions[:-1])
+    assert np.array_equal(batch.inputs[1:, :, 11:17].sum(2).numpy(), batch.rewards[:-1])
 
 
 @pytest.mark.learning

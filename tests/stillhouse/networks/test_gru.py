@@ -38,6 +38,18 @@ def test_states_and_gradients_are_pytorchs(steps: int, batch: int, inputs: int, 
         torch.testing.assert_close(mine, reference, rtol=1e-10, atol=1e-12)
 
 
+def test_with_chrono_initialisation_units_keep_what_they_hold_as_long_as_asked() -> None:
+    width = 2000
+    network, plain = (GRU(2, width, seeding.torch_generator(0, "gru"), memory) for memory in (100, 0))
+    for name in ("weight_ih", "weight_hh"):
+        assert torch.equal(getattr(network, name), getattr(plain, name))
+    bias = (network.bias_ih + network.bias_hh)[width : 2 * width]
+    kept = 1 / (1 - bias.sigmoid())  # steps until 1 / e of it is left, about; uniform in 2 to 100
+    assert 2 <= kept.min() < 4 and 98 < kept.max() <= 100.001
+    assert kept.mean().item() == pytest.approx(51, abs=2)
+    assert torch.equal(network.bias_ih[:width], plain.bias_ih[:width])
+
+
 def test_steps_are_the_unrolled_sequence() -> None:
     ours, _ = twins(3, 8)
     given = torch.randn(6, 4, 3, generator=seeding.torch_generator(2, "inputs"), dtype=torch.float64)
