@@ -61,9 +61,10 @@ class RL2Config(Config):
         le=10**6,
         description="chrono initialisation: how many env steps the GRU's slowest units remember at first; 0: torch's",
     )
-    embedding: Literal["separate", "joint"] = Field(
+    state_action: Literal["separate", "joint"] = Field(
         default="separate",
-        description="of the step before; joint: beside the rest, the pair of its state and action, and its reward at that pair's place",
+        description="joint: beside the rest, the GRU sees the pair of the last state and action, and its reward at that pair's place, and every state has "
+        "its own output layer",
     )
     updates: int = Field(default=250, ge=1, le=10**7, description="budget in batches of trials")
     trials: int = Field(default=2000, ge=2, le=10**6, description="of a batch, each of a new task")
@@ -109,7 +110,7 @@ class RecurrentPolicy(nn.Module):
         actions: A.
         width: hidden units.
         generator: of the initial weights.
-        embedding: of the step before.
+        state_action: how states and actions enter and leave.
         memory: of the GRU at first.
 
     Attributes:
@@ -122,17 +123,18 @@ class RecurrentPolicy(nn.Module):
         actions: int,
         width: int,
         generator: torch.Generator,
-        embedding: Literal["separate", "joint"] = "separate",
+        state_action: Literal["separate", "joint"] = "separate",
         memory: int = 0,
     ) -> None:
         super().__init__()
         self.states = states if states > 1 else 0
         self.actions = actions
-        self.pairs = states * actions if embedding == "joint" else 0
+        self.pairs = states * actions if state_action == "joint" else 0
         self.inputs = self.states + actions + 2 * self.pairs + 2
         self.gru = GRU(self.inputs, width, generator, memory)
-        self.policy = nn.Linear(width, actions)
-        self.value = nn.Linear(width, 1)
+        self.outputs = self.states if self.pairs and self.states else 1
+        self.policy = nn.Linear(width, self.outputs * actions)
+        self.value = nn.Linear(width, self.outputs)
         with torch.no_grad():
             for head in (self.policy, self.value):
                 head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * (0.01 / width**0.5))
@@ -164,9 +166,13 @@ class RecurrentPolicy(nn.Module):
             inputs[:, -2] = rewards
             inputs[:, -1] = ended
 
-    def heads(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [N, A] and values [N] of hidden states [N, width]."""
-        return self.policy(hidden), self.value(hidden).squeeze(1)
+    def heads(self, hidden: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [N, A] and values [N] of hidden states [N, width] in ``states``, int64 [N]."""
+        logits, values = self.policy(hidden), self.value(hidden)
+        if self.outputs == 1:
+            return logits, values.squeeze(1)
+        rows = torch.arange(len(states), device=hidden.device)
+        return logits.view(-1, self.outputs, self.actions)[rows, states], values[rows, states]
 
 
 class Batch:
@@ -174,6 +180,7 @@ class Batch:
 
     Attributes:
         inputs: of the policy, float32 [T, B, n].
+        states: int64 [T, B].
         actions: int64 [T, B].
         logits: of the policy that acted, float32 [T, B, A].
         values: float32 [T, B].
@@ -184,6 +191,7 @@ class Batch:
 
     def __init__(self, steps: int, count: int, policy: RecurrentPolicy) -> None:
         self.inputs = torch.zeros(steps, count, policy.inputs)
+        self.states = torch.zeros(steps, count, dtype=torch.int64)
         self.actions = torch.zeros(steps, count, dtype=torch.int64)
         self.logits = torch.zeros(steps, count, policy.actions)
         self.values = torch.zeros(steps, count)
@@ -222,7 +230,8 @@ def play(policy: RecurrentPolicy, trials: Trials, noise: np.random.Generator, de
     while trials.running.any():
         policy.write_inputs(batch.inputs[step].numpy(), trials.state, previous)
         hidden = policy.gru.step(batch.inputs[step].to(device), hidden)
-        logits, values = policy.heads(hidden)
+        batch.states[step] = torch.from_numpy(trials.state)
+        logits, values = policy.heads(hidden, batch.states[step].to(device))
         batch.logits[step] = logits
         batch.values[step] = values
         # argmax(logits + Gumbel noise) is a sample of softmax(logits); Gumbel noise is -log of exponential noise.
@@ -230,11 +239,10 @@ def play(policy: RecurrentPolicy, trials: Trials, noise: np.random.Generator, de
         actions = (batch.logits[step].numpy() - np.log(np.maximum(drawn, np.float32(1e-30)))).argmax(1)
         batch.actions[step] = torch.from_numpy(actions)
         batch.episodes[step] = trials.episode
-        state = trials.state.copy()
         result = trials.step(actions)
         batch.rewards[step] = result.rewards
         batch.counted[step] = result.counted
-        previous = (state, actions, result.rewards, result.ended)
+        previous = (batch.states[step].numpy(), actions, result.rewards, result.ended)
         step += 1
     batch.cut(step)
     return batch
@@ -272,7 +280,7 @@ class RL2:
             family.actions,
             config.width,
             seeding.torch_generator(seed, "rl2", "policy"),
-            config.embedding,
+            config.state_action,
             config.memory,
         ).to(device)
         self.parameters = FlatParameters(self.policy, config.learning_rate, epsilon=1e-5)
@@ -334,7 +342,7 @@ class RL2:
         for _ in range(config.epochs):
             order = torch.randperm(config.trials, generator=self._shuffling)
             for chosen in order.tensor_split(config.minibatches):
-                columns = (batch.actions, log_mu, advantages, returns, counted)
+                columns = (batch.states, batch.actions, log_mu, advantages, returns, counted)
                 self.parameters.zero_gradient()
                 losses.append(
                     self.backward(batch.inputs[:, chosen], *(column[:, chosen] for column in columns))
@@ -366,6 +374,7 @@ class RL2:
     def backward(
         self,
         inputs: Tensor,
+        states: Tensor,
         actions: Tensor,
         log_mu: Tensor,
         advantages: Tensor,
@@ -375,13 +384,13 @@ class RL2:
         """Add the gradient of the loss of whole trials, [T, b, ...] each, to the parameters'."""
         config = self.config
         hidden = self.policy.gru(inputs.to(self.device)).flatten(0, 1)
-        rows = [column.flatten() for column in (actions, log_mu, advantages, returns)]
+        rows = [column.flatten() for column in (states, actions, log_mu, advantages, returns)]
         if not counted.all():
             kept = counted.flatten().nonzero().squeeze(1)
             rows = [column[kept] for column in rows]
             hidden = hidden[kept.to(self.device)]
-        actions, log_mu, advantages, returns = (column.to(self.device) for column in rows)
-        logits, values = self.policy.heads(hidden)
+        states, actions, log_mu, advantages, returns = (column.to(self.device) for column in rows)
+        logits, values = self.policy.heads(hidden, states)
         loss = clipped_loss(
             logits,
             values,

@@ -48,7 +48,7 @@ def test_the_hidden_state_lasts_over_episodes_and_not_over_trials() -> None:
     batch = played(learner)
     with torch.no_grad():
         whole = learner.policy.gru(batch.inputs)
-        logits, values = learner.policy.heads(whole.flatten(0, 1))
+        logits, values = learner.policy.heads(whole.flatten(0, 1), batch.states.flatten())
     # As it was acted, step by step, is one sequence over all episodes from a state of zeros.
     torch.testing.assert_close(logits.view_as(batch.logits), batch.logits)
     torch.testing.assert_close(values.view_as(batch.values), batch.values)
@@ -80,7 +80,8 @@ def test_advantages_run_over_episodes_and_end_with_the_trial() -> None:
 def columns(learner: RL2, batch: Batch) -> list[torch.Tensor]:
     advantages, returns = learner.advantages(batch)
     log_mu = torch.log_softmax(batch.logits, 2).gather(2, batch.actions.unsqueeze(2)).squeeze(2)
-    return [batch.inputs, batch.actions, log_mu - 0.1, advantages, returns, torch.from_numpy(batch.counted)]
+    counted = torch.from_numpy(batch.counted)
+    return [batch.inputs, batch.states, batch.actions, log_mu - 0.1, advantages, returns, counted]
 
 
 def gradient(learner: RL2, given: list[torch.Tensor]) -> tuple[torch.Tensor, float]:
@@ -92,8 +93,9 @@ def gradient(learner: RL2, given: list[torch.Tensor]) -> tuple[torch.Tensor, flo
     )
 
 
-def test_padding_changes_nothing() -> None:
-    learner = RL2(small(UNEQUAL), 0)
+@pytest.mark.parametrize("state_action", ["separate", "joint"])
+def test_padding_changes_nothing(state_action: str) -> None:
+    learner = RL2(small(UNEQUAL, state_action=state_action), 0)
     batch = played(learner)
     assert not batch.counted.all()
     given = columns(learner, batch)
@@ -101,9 +103,9 @@ def test_padding_changes_nothing() -> None:
     # Whatever stands in the padding, and however much of it there is.
     padding = ~given[-1]
     spoiled = [each.clone() for each in given]
-    for each in (spoiled[0], *spoiled[2:5]):
+    for each in (spoiled[0], *spoiled[3:6]):
         each[padding] = 7
-    spoiled[1][padding] = 1
+    spoiled[1][padding] = spoiled[2][padding] = 1
     longer = [torch.cat([each, torch.zeros_like(each[:2])]) for each in spoiled]
     found, same = gradient(learner, longer)
     torch.testing.assert_close(found, expected)
@@ -114,14 +116,29 @@ def test_padding_changes_nothing() -> None:
     assert twice == pytest.approx(loss, rel=1e-5)
 
 
-def test_gradients_are_those_of_the_loss() -> None:
+@pytest.mark.parametrize("state_action", ["separate", "joint"])
+def test_gradients_are_those_of_the_loss(state_action: str) -> None:
     """Against automatic differentiation of the loss as the module's docstring has it, over counted rows only."""
-    learner = RL2(small(UNEQUAL, entropy_coefficient=0.3), 0)
+    learner = RL2(small(UNEQUAL, entropy_coefficient=0.3, state_action=state_action), 0)
     given = columns(learner, played(learner))
     found, _ = gradient(learner, given)
-    inputs, actions, log_mu, advantages, returns, counted = given
+    inputs, states, actions, log_mu, advantages, returns, counted = given
     learner.parameters.zero_gradient()
-    logits, values = learner.policy.heads(learner.policy.gru(inputs)[counted])
+    hidden = learner.policy.gru(inputs)[counted]
+    if state_action == "joint":  # every row by the layer of its own state
+        rows = list(zip(hidden, states[counted], strict=True))
+        heads = [
+            (getattr(learner.policy, name).weight, getattr(learner.policy, name).bias)
+            for name in ("policy", "value")
+        ]
+        (weight, bias), (value_weight, value_bias) = heads
+        wide = [
+            weight[3 * state : 3 * state + 3] @ row + bias[3 * state : 3 * state + 3] for row, state in rows
+        ]
+        logits = torch.stack(wide)
+        values = torch.stack([value_weight[state] @ row + value_bias[state] for row, state in rows])
+    else:
+        logits, values = learner.policy.policy(hidden), learner.policy.value(hidden).squeeze(1)
     log_policy = torch.log_softmax(logits, 1)
     ratio = (log_policy.gather(1, actions[counted].unsqueeze(1)).squeeze(1) - log_mu[counted]).exp()
     kept = advantages[counted]
