@@ -56,7 +56,7 @@ SETTINGS: dict[str, RL2Config] = {
     "bandits-10-10": RL2Config(family=BanditConfig(arms=10, episodes=10)),
     "bandits-100-5": RL2Config(family=BanditConfig(arms=5, episodes=100), updates=500, **PULLS),
     "bandits-100-10": RL2Config(family=BanditConfig(arms=10, episodes=100), updates=600, **PULLS),
-    "mdps-10": RL2Config(family=TabularConfig(episodes=10), updates=300, **MDP),
+    "mdps-10": RL2Config(family=TabularConfig(episodes=10), updates=350, **MDP),
     "mdps-25": RL2Config(
         family=TabularConfig(episodes=25), updates=300, **{**MDP, "trials": 250, "memory": 250}
     ),

@@ -21,6 +21,10 @@ Deviations from the paper and its code:
 4. ``curriculum`` may begin with shorter trials, of few episodes; the paper's are of full length from the first.
 5. The entropy bonus and the learning rate fall linearly over the budget.
 6. Rewards are scaled for the critic's sake, not clipped; with bandits there is no state to be shown.
+7. With ``memory``, units begin with memories of different length (chrono initialisation), where the paper's begin as they come.
+8. With ``state_action: joint``, the GRU also sees the pair (s_{t-1}, a_{t-1}) as one of |S||A| and r_{t-1} at that pair's place, and pi and V have an
+   output layer for every state: what a state's actions paid can be kept apart by one linear layer and read by another. The paper's GRU must find
+   such a code for itself.
 """
 
 from __future__ import annotations
