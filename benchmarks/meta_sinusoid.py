@@ -90,7 +90,7 @@ OPTIMISERS = {
     "spirals": LSTMOptimiserConfig(
         optimisee=OptimiseeConfig(kind="spirals"),
         trajectories=400,
-        batch=4,
+        batch=16,
         meta_rate=3e-3,
         meta_rate_decay="cosine",
     ),
