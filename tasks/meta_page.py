@@ -94,9 +94,14 @@ def bandits_table(found: Found) -> list[str]:
         if result["rl2"]:
             seeds = " · ".join(f"{run['mean']:.2f}" for run in result["rl2"].values())
             rows.append(["**RL²**", f"**{result['rl2_mean']:.2f}** ({seeds})", _published(result, "rl2"), ""])
-            config = next(iter(result["rl2"].values()))["config"]
+            run = next(iter(result["rl2"].values()))
+            config, steps = run["config"], run["env_steps"]
+            joint = ", states and actions joint" if config.get("state_action") == "joint" else ""
             seconds = " · ".join(f"{run['seconds']:.0f}" for run in result["rl2"].values())
-            about = f"GRU of {config['width']} units, {config['updates']:,} batches of {config['trials']:,} trials; {seconds} processor seconds."
+            about = (
+                f"GRU of {config['width']} units{joint}, {config['updates']:,} batches of {config['trials']:,} trials ({charts.short(steps)} env steps); "
+                f"{seconds} processor seconds."
+            )
         else:
             about = "RL² was not run in this setting."
         lines += [
@@ -165,6 +170,7 @@ SECTIONS: tuple[tuple[str, str, Draw, str], ...] = (
         "The paper shows curves, no table: its optimiser is below all tuned ones on quadratics and on the network it was trained on.",
     ),
     ("navigation", "2D navigation", returns_by_update, ""),
+    ("navigation_distance", "2D navigation, reward -distance", returns_by_update, ""),
     ("cartpole_family", "CartPole with other physics", returns_by_update, ""),
     (
         "cheetah_direction",

@@ -21,7 +21,7 @@ def study(**more: Any) -> dict[str, Any]:
 
 def test_what_was_not_run_is_one_line() -> None:
     page = render({})
-    assert page.count("Not run yet") == 10
+    assert page.count("Not run yet") == 11
     assert "there is no `benchmarks/results/meta_learning/cheetah_direction.json`" in page
 
 
@@ -60,7 +60,12 @@ def test_returns_stand_over_the_papers() -> None:
 
 
 def test_bandits_show_every_method_beside_the_paper() -> None:
-    run = {"mean": 6.7, "seconds": 250.4, "config": {"width": 64, "updates": 300, "trials": 2000}}
+    run = {
+        "mean": 6.7,
+        "seconds": 250.4,
+        "env_steps": 6_000_000,
+        "config": {"width": 64, "updates": 300, "trials": 2000, "state_action": "joint"},
+    }
     setting = {
         "paper": {"gittins": 6.6, "rl2": 6.7},
         "trials": 10_000,
@@ -79,7 +84,10 @@ def test_bandits_show_every_method_beside_the_paper() -> None:
     assert "### 5 arms, 10 pulls" in page
     assert "| gittins | 6.61 ± 0.02 | 6.6 | +0.04 ± 0.010 |" in page
     assert "| **RL²** | **6.65** (6.70 · 6.60) | 6.7 |  |" in page
-    assert "GRU of 64 units, 300 batches of 2,000 trials; 250 · 250 processor seconds." in page
+    assert (
+        "GRU of 64 units, states and actions joint, 300 batches of 2,000 trials (6M env steps); 250 · 250 processor seconds."
+        in page
+    )
 
 
 def test_speeds_are_ratios() -> None:
