@@ -495,8 +495,8 @@ class RL2:
         if mine != given:
             name = next(name for name in {**mine, **given} if mine.get(name) != given.get(name))
             raise StillhouseError(
-                f"RL^2: weight {name!r} has shape {given.get(name)}, but these settings make {mine.get(name)}; give the family "
-                "and the width that it was trained with"
+                f"RL^2: weight {name!r} has shape {given.get(name)}, but these settings make {mine.get(name)}; give the family, "
+                "the width and state_action that it was trained with"
             )
         with torch.no_grad():
             for name, value in self.policy.state_dict().items():
