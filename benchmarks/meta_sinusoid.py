@@ -89,7 +89,7 @@ OPTIMISERS = {
     "quadratic": LSTMOptimiserConfig(trajectories=1000, batch=16, meta_rate=3e-3, meta_rate_decay="cosine"),
     "spirals": LSTMOptimiserConfig(
         optimisee=OptimiseeConfig(kind="spirals"),
-        trajectories=400,
+        trajectories=1000,
         batch=16,
         meta_rate=3e-3,
         meta_rate_decay="cosine",
