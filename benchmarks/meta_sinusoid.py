@@ -79,8 +79,8 @@ ARMS: dict[str, Config] = {
         network=NETWORK,
         points=20,
         minibatch=20,
-        inner_steps=16,
-        inner_rate=0.01,
+        inner_steps=32,
+        inner_rate=0.005,  # at 0.01 one seed of ten diverges
         outer_rate=1.0,
     ),
     "Reptile (its demonstration)": ReptileConfig(),
