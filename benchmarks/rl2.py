@@ -253,14 +253,17 @@ def main() -> None:
         for seed in arguments.seeds:
             train(arguments.work, setting, seed)
     if arguments.results:
+        about = provenance()  # before anything is written
         for name, kind in (("bandits", "bandits-"), ("tabular_mdps", "mdps-")):
             found = collect(
                 arguments.work, [setting for setting in arguments.only if setting.startswith(kind)]
             )
             if found:
-                about = provenance()
-                new = {setting: {**result, "provenance": about} for setting, result in found.items()}
-                settings = {**load(f"meta_learning/{name}").get("settings", {}), **new}  # others stay
+                before = load(f"meta_learning/{name}")
+                settings = {  # others stay, with the provenance that they had
+                    setting: {"provenance": before["provenance"], **result}
+                    for setting, result in before.get("settings", {}).items()
+                } | {setting: {**result, "provenance": about} for setting, result in found.items()}
                 ordered = {setting: settings[setting] for setting in SETTINGS if setting in settings}
                 save(f"meta_learning/{name}", {"settings": ordered, "provenance": about})
 
