@@ -46,8 +46,8 @@ PAPER: dict[str, dict[str, float]] = {
     "mdps-25": dict(zip(MDPS, (250.2, 408.8, 425.2, 424.1, 427.8, 377.3, 368.8, 445.7))),
 }
 
-# The defaults were found on the first development seed for bandits of 10 pulls; those for longer trials with the training returns of seed 0, on bandits of
-# 10 arms and MDPs of 10 episodes.
+# The defaults were found on the first development seed for bandits of 10 pulls; those for longer trials with returns of seed 0 on training tasks, of
+# bandits and of MDPs of 10 episodes.
 LONG: dict[str, Any] = {"memory": 100, "state_action": "joint", "trials": 500, "reward_scale": 0.1}
 PULLS: dict[str, Any] = {**LONG, "trace": 0.9, "entropy_coefficient": 0.05}
 MDP: dict[str, Any] = {**LONG, "width": 128, "trace": 0.5, "entropy_coefficient": 0.1, "minibatches": 32}
@@ -147,9 +147,11 @@ def run_baselines(work: Path, setting: str) -> None:
 def train(work: Path, setting: str, seed: int) -> None:
     """Meta-train from where an earlier call was, and play the test tasks."""
     path = work / f"{setting}-rl2-s{seed}.json"
-    if path.exists():
-        return
     config = SETTINGS[setting]
+    if path.exists():
+        if RL2Config.model_validate(json.loads(path.read_text())["config"]) != config:
+            raise SystemExit(f"{path} is of other settings; remove it")
+        return
     learner = RL2(config, seed)
     state_path = work / f"{setting}-rl2-s{seed}-state"
     curve: list[list[float]] = []

@@ -98,6 +98,8 @@ class RL2Config(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> RL2Config:
+        if self.memory == 1:
+            raise ValueError("memory is 0 or at least 2 env steps, but it is 1: a unit that keeps nothing")
         if self.minibatches * 2 > self.trials:
             raise ValueError(
                 f"a minibatch is of two trials at least: at most {self.trials // 2} minibatches are allowed for "
@@ -119,6 +121,8 @@ class RecurrentPolicy(nn.Module):
 
     Attributes:
         inputs: numbers that the GRU sees at a step.
+        pairs: |S||A| with ``joint``, else 0.
+        outputs: how many output layers there are: one, or with ``joint`` one for each state.
     """
 
     def __init__(

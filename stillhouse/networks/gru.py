@@ -26,7 +26,7 @@ class GRU(nn.Module):
         inputs: n.
         width: of the hidden state.
         generator: for the initial weights, uniform in +-1 / sqrt(width) as in :class:`torch.nn.GRU`.
-        memory: where it is above 2, the update gates' biases begin at log u with u uniform in 1 to ``memory`` - 1, so that a unit keeps what it holds for
+        memory: where it is 2 or more, the update gates' biases begin at log u with u uniform in 1 to ``memory`` - 1, so that a unit keeps what it holds for
             about 1 + u steps (chrono initialisation: Tallec & Ollivier 2018, https://arxiv.org/abs/1804.11188, section 3).
     """
 
@@ -43,7 +43,7 @@ class GRU(nn.Module):
         self.weight_hh = drawn(3 * width, width)
         self.bias_ih = drawn(3 * width)
         self.bias_hh = drawn(3 * width)
-        if memory > 2:
+        if memory > 1:
             with torch.no_grad():
                 self.bias_ih[width : 2 * width].uniform_(1, memory - 1, generator=generator).log_()
                 self.bias_hh[width : 2 * width] = 0

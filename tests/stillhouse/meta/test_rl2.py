@@ -127,11 +127,8 @@ def test_gradients_are_those_of_the_loss(state_action: str) -> None:
     hidden = learner.policy.gru(inputs)[counted]
     if state_action == "joint":  # every row by the layer of its own state
         rows = list(zip(hidden, states[counted], strict=True))
-        heads = [
-            (getattr(learner.policy, name).weight, getattr(learner.policy, name).bias)
-            for name in ("policy", "value")
-        ]
-        (weight, bias), (value_weight, value_bias) = heads
+        weight, bias = learner.policy.policy.weight, learner.policy.policy.bias
+        value_weight, value_bias = learner.policy.value.weight, learner.policy.value.bias
         wide = [
             weight[3 * state : 3 * state + 3] @ row + bias[3 * state : 3 * state + 3] for row, state in rows
         ]
@@ -253,6 +250,7 @@ def test_a_loss_that_is_not_finite_stops_the_training() -> None:
         ({"family": {"family": "mazes"}}, "'bandits', 'tabular'"),
         ({"family": {"family": "bandits", "arms": 1}}, "arms"),
         ({"trace": 1.5}, "trace"),
+        ({"memory": 1}, "0 or at least 2"),
         ({"widht": 3}, "did you mean 'width'"),
     ],
 )
