@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -27,6 +28,7 @@ from tasks.run_stage import stop_all, stop_run
 
 ALLOWED = "STILLHOUSE_ADDRESSES"
 CONNECT_SECONDS = 20
+CONNECT_ATTEMPTS, CONNECT_PAUSE = 3, 5.0  # seconds
 
 _HOST = r"([A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9a-fA-F:]+\]):[0-9]{1,5}"
 _ADDRESSES = {"dask": rf"(tcp|tls)://{_HOST}", "ray": rf"(ray://)?{_HOST}"}
@@ -207,18 +209,24 @@ def _ray(address: str, count: int) -> Iterator[Pool]:
             ).close()
         except OSError as error:
             raise StillhouseError(f"address: no Ray cluster answers at {address} ({error})") from None
-        runner = RayTaskRunner(address=address, init_kwargs=quiet)
+        where = f"address: no Ray cluster at {address}"
     else:
         # "local" is always a new one: without it Ray takes a cluster that happens to run on this machine.
-        here = quiet | {"num_cpus": count or _cores(), "include_dashboard": False}
-        runner = RayTaskRunner(address="local", init_kwargs=here)
+        quiet |= {"num_cpus": count or _cores(), "include_dashboard": False}
+        where = "runner: Ray does not start here"
     with contextlib.ExitStack() as stack:
         ended_by = signal.getsignal(signal.SIGTERM)
-        try:
-            stack.enter_context(runner)
-        except Exception as error:  # Ray has all kinds, plain ones too
-            where = f"address: no Ray cluster at {address}" if address else "runner: Ray does not start here"
-            raise StillhouseError(f"{where}: {' '.join(str(error).split())}") from error
+        for attempt in range(1, CONNECT_ATTEMPTS + 1):
+            runner = RayTaskRunner(address=address or "local", init_kwargs=quiet)
+            try:
+                stack.enter_context(runner)
+                break
+            except Exception as error:  # Ray has all kinds, plain ones too
+                # Ray's head starts a process for every client, which at times dies as it starts; the next one has another port.
+                if "Starting Ray client server failed" in str(error) and attempt < CONNECT_ATTEMPTS:
+                    time.sleep(CONNECT_PAUSE)
+                    continue
+                raise StillhouseError(f"{where}: {' '.join(str(error).split())}") from error
         if threading.current_thread() is threading.main_thread():
             signal.signal(
                 signal.SIGTERM, ended_by

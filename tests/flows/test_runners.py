@@ -6,7 +6,9 @@ import contextlib
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -84,6 +86,45 @@ def test_what_cannot_be_is_refused_in_one_line(monkeypatch):
                 contextlib.nullcontext() if reached else pytest.raises(StillhouseError, match="cannot reach")
             ):
                 Cluster(Runner.dask, "tcp://10.0.0.1:8786").check()
+
+
+@pytest.mark.parametrize(
+    ("failures", "said", "begun"),
+    [
+        (2, "Starting Ray client server failed.", 3),
+        (3, "Starting Ray client server failed.", 3),
+        (1, "no", 1),
+    ],
+)
+def test_a_ray_client_server_that_does_not_start_is_asked_again(monkeypatch, failures, said, begun):
+    attempts = []
+
+    class RayTaskRunner(contextlib.AbstractContextManager):
+        def __init__(self, **settings: Any) -> None:
+            assert settings["address"] == "local"
+
+        def __enter__(self) -> None:
+            attempts.append(self)
+            if len(attempts) <= failures:
+                raise ConnectionAbortedError(f"Initialization failure:\n{said}")
+
+        def __exit__(self, *error: object) -> None: ...
+
+    ray = SimpleNamespace(cluster_resources=lambda: {"CPU": 2.0})
+    runners = SimpleNamespace(PrefectRayFuture=object)
+    modules = {"ray": ray, "prefect_ray": SimpleNamespace(RayTaskRunner=RayTaskRunner)}
+    for name, module in (modules | {"prefect_ray.task_runners": runners}).items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(flows.runners, "CONNECT_PAUSE", 0)
+    starts = failures < begun
+    with (
+        contextlib.nullcontext()
+        if starts
+        else pytest.raises(StillhouseError, match=f"not start here: .*{said}"),
+        flows.runners._ray("", 0) as pool,
+    ):
+        assert pool.slots == 2
+    assert len(attempts) == begun
 
 
 def run(plan: list[Stage], exchange: Exchange = Exchange.remote, **options: Any) -> Outcome:

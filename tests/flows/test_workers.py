@@ -233,7 +233,12 @@ def ray_cluster(hosts: Hosts, shared: dict[str, str], logs: Path) -> Iterator[st
             node = [*ray, f"--address={hosts.address}:{port}", "--num-cpus=1"]
             stack.enter_context(running([*enter, *node], log, folder / "clone", **of_worker(folder, shared)))
             until(lambda log=log: "Ray runtime started" in log.read_text(), log)
-        yield f"ray://{hosts.address}:{client}"
+        try:
+            yield f"ray://{hosts.address}:{client}"
+        except BaseException:
+            for log in sorted(Path(short).glob("session_latest/logs/ray_client_server*")):
+                print(f"--- {log.name}", log.read_text(errors="replace")[-4000:], sep="\n")
+            raise
 
 
 CLUSTERS = {"dask": dask_cluster, "ray": ray_cluster}
