@@ -58,7 +58,7 @@ SETTINGS: dict[str, RL2Config] = {
     "bandits-100-10": RL2Config(family=BanditConfig(arms=10, episodes=100), updates=600, **PULLS),
     "mdps-10": RL2Config(family=TabularConfig(episodes=10), updates=350, **MDP),
     "mdps-25": RL2Config(
-        family=TabularConfig(episodes=25), updates=200, **{**MDP, "trials": 250, "memory": 250}
+        family=TabularConfig(episodes=25), updates=350, curriculum=0.6, **{**MDP, "width": 256, "memory": 250}
     ),
 }
 
