@@ -47,7 +47,7 @@ PAPER: dict[str, dict[str, float]] = {
 }
 
 # The defaults were found on the first development seed for bandits of 10 pulls; those for longer trials with returns of seed 0 on training tasks, of
-# bandits and of MDPs of 10 episodes.
+# bandits and of MDPs.
 LONG: dict[str, Any] = {"memory": 100, "state_action": "joint", "trials": 500, "reward_scale": 0.1}
 PULLS: dict[str, Any] = {**LONG, "trace": 0.9, "entropy_coefficient": 0.05}
 MDP: dict[str, Any] = {**LONG, "width": 128, "trace": 0.5, "entropy_coefficient": 0.1, "minibatches": 32}
