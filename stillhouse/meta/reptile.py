@@ -18,12 +18,13 @@ Deviations:
    authors' code carries them on from task to task.
 3. Weights start as He et al. (2015) have them before ReLU, normal with a variance of 1 / in before tanh.
 4. Training, validation and test tasks come from separate parts of the family (:mod:`stillhouse.envs.sinusoid`).
+5. With ``max_gradient_norm`` a task's gradient is cut to that length, in training and in test: fresh weights diverge at rates that serve well later.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -38,7 +39,6 @@ from stillhouse.envs.sinusoid import SinusoidConfig
 from stillhouse.errors import StillhouseError
 from stillhouse.meta import Adaptation
 from stillhouse.meta.few_shot import TaskBatches, adaptation_errors, squared_errors
-from stillhouse.meta.inner_loop import adapt
 from stillhouse.networks.batched import PerceptronSize, Weights, for_tasks, initial_weights, take_over
 from stillhouse.processor import exact_products
 from stillhouse.types import Report
@@ -65,6 +65,9 @@ class ReptileConfig(Config):
     )
     inner_optimiser: Literal["sgd", "adam"] = Field(default="sgd", description="adam: without momentum")
     inner_rate: float = Field(default=0.02, gt=0, le=10, description="learning rate of the inner steps")
+    max_gradient_norm: float = Field(
+        default=0.0, ge=0, le=1e6, description="of a task's gradient in an inner step; 0 does not clip"
+    )
     outer_rate: float = Field(default=0.1, gt=0, le=1, description="epsilon at first")
     outer_rate_decay: Literal["none", "linear"] = Field(
         default="linear", description="linear: to 0 at the end"
@@ -86,6 +89,7 @@ def inner_path(
     optimiser: Literal["sgd", "adam"],
     rate: float,
     steps: int,
+    max_gradient_norm: float = 0.0,
 ) -> Iterator[Weights]:
     """The weights of all tasks after 0, 1, ..., ``steps`` inner steps, without any graph between them.
 
@@ -95,29 +99,37 @@ def inner_path(
         optimiser: which rule.
         rate: learning rate.
         steps: how many.
+        max_gradient_norm: a task's longer gradients are cut to this length; 0 does not clip.
     """
     current = {name: tensor.detach() for name, tensor in weights.items()}
     squares = {name: torch.zeros_like(tensor) for name, tensor in current.items()}
     yield current
     for step in range(steps):
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in current.items()}
+        found = torch.autograd.grad(losses(leaves, step).sum(), list(leaves.values()))
+        gradients = dict(zip(leaves, _clipped(found, max_gradient_norm), strict=True))
         if optimiser == "sgd":
-
-            def of_step(weights: Weights, step: int = step) -> Tensor:
-                return losses(weights, step)
-
-            (following,) = adapt(of_step, leaves, rate, 1, second_order=False)
-            current = {name: tensor.detach() for name, tensor in following.items()}
+            current = {
+                name: torch.add(current[name], gradient, alpha=-rate) for name, gradient in gradients.items()
+            }
         else:
-            gradients = torch.autograd.grad(losses(leaves, step).sum(), list(leaves.values()))
             correction = 1 - _DECAY ** (step + 1)
             moved: Weights = {}
-            for (name, tensor), gradient in zip(current.items(), gradients, strict=True):
+            for name, gradient in gradients.items():
                 squares[name].mul_(_DECAY).addcmul_(gradient, gradient, value=1 - _DECAY)
                 length = (squares[name] / correction).sqrt_().add_(_EPSILON)
-                moved[name] = torch.addcdiv(tensor, gradient, length, value=-rate)
+                moved[name] = torch.addcdiv(current[name], gradient, length, value=-rate)
             current = moved
         yield current
+
+
+def _clipped(gradients: Sequence[Tensor], largest: float) -> list[Tensor]:
+    """Gradients [T, ...] of all weights, none of any task longer than ``largest``, over all weights."""
+    if not largest:
+        return list(gradients)
+    lengths = torch.stack([each.reshape(len(each), -1).square().sum(1) for each in gradients]).sum(0).sqrt_()
+    shares = (largest / lengths.clamp_min(_EPSILON)).clamp_max_(1.0)
+    return [each * shares.view(-1, *[1] * (each.dim() - 1)) for each in gradients]
 
 
 class Reptile:
@@ -158,7 +170,7 @@ class Reptile:
             loss = float(torch.stack(losses).mean())
             if not math.isfinite(loss):
                 raise StillhouseError(
-                    f"the loss is not finite before outer step {stop}; lower inner_rate ({config.inner_rate:g})"
+                    f"the loss is not finite before outer step {stop}; lower inner_rate ({config.inner_rate:g}), or clip with max_gradient_norm"
                 )
             yield Report(
                 stop,
@@ -188,11 +200,20 @@ class Reptile:
             return last
 
         start = for_tasks(self.initialisation, config.meta_batch)
-        *_, learnt = inner_path(losses, start, config.inner_optimiser, config.inner_rate, config.inner_steps)
+        *_, learnt = self._inner_path(losses, start, config.inner_steps)
         rate = self.outer_rate(index)
         for name, tensor in self.initialisation.items():
             tensor.lerp_(learnt[name].mean(0, keepdim=True), rate)
         return last.detach().mean()
+
+    def _inner_path(
+        self, losses: Callable[[Weights, int], Tensor], start: Weights, steps: int
+    ) -> Iterator[Weights]:
+        """From ``start``, [T, ...] each, as the settings say."""
+        config = self.config
+        return inner_path(
+            losses, start, config.inner_optimiser, config.inner_rate, steps, config.max_gradient_norm
+        )
 
     def evaluate(
         self,
@@ -220,9 +241,7 @@ class Reptile:
         chosen = sinusoid.held_out(config.family, tasks, seed, split)
 
         def adapter(losses: Callable[[Weights], Tensor], start: Weights, count: int) -> Iterator[Weights]:
-            return inner_path(
-                lambda weights, step: losses(weights), start, config.inner_optimiser, config.inner_rate, count
-            )
+            return self._inner_path(lambda weights, step: losses(weights), start, count)
 
         def errors(weights: Mapping[str, Tensor]) -> np.ndarray:
             return adaptation_errors(

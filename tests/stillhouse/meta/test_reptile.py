@@ -63,6 +63,32 @@ def test_the_inner_adam_is_torchs_without_momentum() -> None:
     assert torch.allclose(ours["w"], weight.detach(), atol=1e-6)
 
 
+def test_a_tasks_long_gradients_are_cut_and_short_ones_are_not() -> None:
+    # Gradients over both weights: (3, 4), of length 5, is cut to 2; (0.3, 0.4) and 0 stay.
+    slopes = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]])
+
+    def losses(weights: Weights, step: int) -> Tensor:
+        return weights["a"][:, 0] * slopes[:, 0] + weights["b"] * slopes[:, 1]
+
+    start = {"a": torch.zeros(3, 1), "b": torch.zeros(3)}
+    for rate, expected in (
+        (1.0, [[1.2, 1.6], [0.3, 0.4], [0.0, 0.0]]),
+        (0.5, [[0.6, 0.8], [0.15, 0.2], [0.0, 0.0]]),
+    ):
+        *_, found = inner_path(losses, start, "sgd", rate, 1, 2.0)
+        assert torch.allclose(-torch.stack([found["a"][:, 0], found["b"]], 1), torch.tensor(expected))
+    *_, unclipped = inner_path(losses, start, "sgd", 1.0, 1)
+    assert torch.equal(unclipped["b"], -slopes[:, 1])
+
+
+def test_clipping_keeps_a_rate_from_diverging() -> None:
+    settings: dict[str, Any] = {**SMALL, "network": PerceptronSize(hidden=(8, 8)), "inner_rate": 0.3}
+    with pytest.raises(StillhouseError, match="not finite"):
+        trained(ReptileConfig(**settings))
+    learner = Reptile(ReptileConfig(**settings, max_gradient_norm=1.0), 0)
+    assert all(report.metrics["loss/inner"] < 100 for report in learner.train())
+
+
 @pytest.mark.parametrize("tasks", [1, 3])
 def test_an_outer_step_is_the_formula(tasks: int) -> None:
     config = ReptileConfig(**{**SMALL, "meta_updates": 1}, meta_batch=tasks, outer_rate=0.3)
@@ -141,7 +167,10 @@ def test_the_defaults_are_the_demonstrations() -> None:
 
 
 def test_a_loss_that_is_no_number_stops_the_training() -> None:
-    with pytest.raises(StillhouseError, match="not finite before outer step 100; lower inner_rate"):
+    with pytest.raises(
+        StillhouseError,
+        match="not finite before outer step 100; lower inner_rate .10., or clip with max_gradient_norm",
+    ):
         trained(ReptileConfig(**{**SMALL, "network": PerceptronSize(hidden=(8, 8))}, inner_rate=10.0))
 
 
