@@ -15,7 +15,7 @@ with the generalised advantages A_t of the trial, which run over the ends of its
 Deviations from the paper and its code:
 
 1. PPO with a value head on the policy's own GRU, instead of TRPO with a recurrent baseline of its own.
-2. tanh in the GRU and no weight normalisation, instead of ReLU with it; fewer hidden units than 256.
+2. tanh in the GRU and no weight normalisation, instead of ReLU with it; by default fewer hidden units than 256.
 3. All trials of a batch are new tasks and are played from their first step to their last together; trials of unequal length are padded, and what is
    padded counts in no loss and no statistic.
 4. ``curriculum`` may begin with shorter trials, of few episodes; the paper's are of full length from the first.
