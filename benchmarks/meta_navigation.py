@@ -42,7 +42,7 @@ PAPER_NAVIGATION = [-40.41, -11.68, -3.33, -3.23]
 PAPER_CHEETAH = [-50.69, 293.19, 313.48, 315.65]
 
 
-def navigation(family: str, meta_updates: int) -> dict[str, dict[str, Any]]:
+def navigation(family: str, meta_updates: int, gae_lambda: float) -> dict[str, dict[str, Any]]:
     """The arms on 2D navigation, of equally many episodes in training."""
     common = {
         "family": {"name": family},
@@ -50,6 +50,7 @@ def navigation(family: str, meta_updates: int) -> dict[str, dict[str, Any]]:
         "tasks": 20,
         "rollouts": 20,
         "inner_rate": 0.1,
+        "gae_lambda": gae_lambda,
     }
     maml = {"method": "maml_rl", **common, **TRUST_REGION}
     return {
@@ -65,7 +66,7 @@ STUDIES: dict[str, dict[str, Any]] = {
             "2D navigation: a point looks for a goal that it is not shown; reward -distance^2, as in the paper's text. Mean return on 40 unseen goals "
             "after 0 to 3 policy gradient updates of 40 episodes each."
         ),
-        "arms": navigation("navigation", 30),
+        "arms": navigation("navigation", 30, 1.0),
         "tasks": 40,
         "paper": PAPER_NAVIGATION,
     },
@@ -74,7 +75,7 @@ STUDIES: dict[str, dict[str, Any]] = {
             "2D navigation with the reward of the authors' code, -distance. Mean return on 40 unseen goals after 0 to 3 policy gradient updates of 40 "
             "episodes each."
         ),
-        "arms": navigation("navigation_distance", 60),
+        "arms": navigation("navigation_distance", 75, 0.95),  # lambda found on seed 0
         "tasks": 40,
         "paper": PAPER_NAVIGATION,
     },
