@@ -239,7 +239,6 @@ def sinusoid_study(results: Mapping[str, list[dict[str, Any]]], seeds: list[int]
             f"interval, on {TASKS} test tasks; smaller is better. Each arm is trained on 5 seeds for as many meta-updates as the table says, with 25 tasks each "
             "(Reptile's demonstration: its own constants, network and tasks, whose phases go to 2 pi)."
         ),
-        "provenance": provenance(),
         "environments": columns,
         "seeds": seeds,
         "order": list(results),
@@ -334,7 +333,6 @@ def optimiser_study(results: Mapping[str, list[dict[str, Any]]], seeds: list[int
             "to a decade, by the mean loss after 100 steps on other problems)? Mean loss of 128 test problems; smaller is better. Seeds are the LSTM's; "
             "each also draws its own test problems."
         ),
-        "provenance": provenance(),
         "environments": kinds,
         "seeds": seeds,
         "order": list(arms),
@@ -492,15 +490,16 @@ def main() -> None:
         for name in jobs()
         if all(path(name, seed).is_file() for seed in arguments.seeds)
     }
+    about = {"provenance": provenance()}  # before anything is written
     if regression := {name: runs for name, runs in done.items() if not name.startswith("learned optimiser")}:
-        save(f"{FOLDER}/sinusoid", sinusoid_study(regression, arguments.seeds))
+        save(f"{FOLDER}/sinusoid", sinusoid_study(regression, arguments.seeds) | about)
     optimisers = {
         kind: done[f"learned optimiser, {kind}"]
         for kind in OPTIMISERS
         if f"learned optimiser, {kind}" in done
     }
     if optimisers:
-        save(f"{FOLDER}/learned_optimiser", optimiser_study(optimisers, arguments.seeds))
+        save(f"{FOLDER}/learned_optimiser", optimiser_study(optimisers, arguments.seeds) | about)
 
 
 if __name__ == "__main__":
