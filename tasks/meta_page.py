@@ -75,7 +75,8 @@ def returns_by_update(found: Found) -> list[str]:
     lines = table(["return after", *(f"{step} update{'s' * (step != 1)}" for step in range(longest))], rows)
     if found["missing"]:
         lines += ["", f"Not run: {', '.join(found['missing'])}."]
-    return [*lines, "", f"{len(found['seeds'])} seeds. The paper judges the best of its iterates."]
+    beside = " The paper judges the best of its iterates." if found["published"] else ""
+    return [*lines, "", f"{len(found['seeds'])} seeds.{beside}"]
 
 
 def bandits_table(found: Found) -> list[str]:
