@@ -18,6 +18,7 @@ from urllib.parse import SplitResult, urlsplit
 from prefect import Flow, Task
 from prefect.context import FlowRunContext
 from prefect.futures import PrefectFuture
+from prefect.logging import get_logger
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL
 from prefect.task_runners import TaskRunner
@@ -28,7 +29,7 @@ from tasks.run_stage import stop_all, stop_run
 
 ALLOWED = "STILLHOUSE_ADDRESSES"
 CONNECT_SECONDS = 20
-CONNECT_ATTEMPTS, CONNECT_PAUSE = 3, 5.0  # seconds
+CONNECT_ATTEMPTS, CONNECT_PAUSE = 3, 5.0  # times, seconds between them
 
 _HOST = r"([A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9a-fA-F:]+\]):[0-9]{1,5}"
 _ADDRESSES = {"dask": rf"(tcp|tls)://{_HOST}", "ray": rf"(ray://)?{_HOST}"}
@@ -224,6 +225,11 @@ def _ray(address: str, count: int) -> Iterator[Pool]:
             except Exception as error:  # Ray has all kinds, plain ones too
                 # Ray's head starts a process for every client, which at times dies as it starts; the next one has another port.
                 if "Starting Ray client server failed" in str(error) and attempt < CONNECT_ATTEMPTS:
+                    get_logger("runners").warning(
+                        "Ray's client server did not start; asking again (%d of %d)",
+                        attempt + 1,
+                        CONNECT_ATTEMPTS,
+                    )
                     time.sleep(CONNECT_PAUSE)
                     continue
                 raise StillhouseError(f"{where}: {' '.join(str(error).split())}") from error

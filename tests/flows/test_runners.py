@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -96,8 +97,9 @@ def test_what_cannot_be_is_refused_in_one_line(monkeypatch):
         (1, "no", 1),
     ],
 )
-def test_a_ray_client_server_that_does_not_start_is_asked_again(monkeypatch, failures, said, begun):
+def test_a_ray_client_server_that_does_not_start_is_asked_again(monkeypatch, caplog, failures, said, begun):
     attempts = []
+    monkeypatch.setattr(flows.runners, "get_logger", logging.getLogger)  # Prefect's own does not propagate
 
     class RayTaskRunner(contextlib.AbstractContextManager):
         def __init__(self, **settings: Any) -> None:
@@ -125,6 +127,7 @@ def test_a_ray_client_server_that_does_not_start_is_asked_again(monkeypatch, fai
     ):
         assert pool.slots == 2
     assert len(attempts) == begun
+    assert caplog.text.count("asking again") == begun - 1
 
 
 def run(plan: list[Stage], exchange: Exchange = Exchange.remote, **options: Any) -> Outcome:
