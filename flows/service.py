@@ -35,6 +35,7 @@ POOL = "stillhouse"
 START_SECONDS = 120.0
 STOP_SECONDS = 30.0
 BUSY_SECONDS = 30.0
+DATABASE_SECONDS = 60  # a server with a SQLite waits for its lock this long before it says that it is busy
 AUTHENTICATION = "PREFECT_SERVER_API_AUTH_STRING"
 DATABASE = "PREFECT_SERVER_DATABASE_CONNECTION_URL"
 # A flow run that was killed says nothing any more; this long after its last word it is marked as crashed.
@@ -177,7 +178,7 @@ def environment_of(folder: Path, api: str) -> dict[str, str]:
         "PREFECT_API_URL": api,
         # SQLite in the checkout, unless the user's own environment names a PostgreSQL.
         DATABASE: os.environ.get(DATABASE, f"sqlite+aiosqlite:///{folder / 'prefect.db'}"),
-        "PREFECT_SERVER_DATABASE_TIMEOUT": "60",
+        "PREFECT_SERVER_DATABASE_TIMEOUT": str(DATABASE_SECONDS),
         # On disk, or a server that is started again would crash the runs that hold one.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -408,6 +409,7 @@ def ask(api: str, method: str, path: str, body: Any = None) -> Any:
 
     Raises:
         urllib.error.URLError: nobody answers, or (``HTTPError``) the answer is an error.
+        TimeoutError: somebody listens, and says nothing for longer than a server waits for its database.
     """
     headers = {"content-type": "application/json", **(_token(api) if method != "GET" else {})}
     data = None if body is None else json.dumps(body).encode()
@@ -421,7 +423,7 @@ def ask(api: str, method: str, path: str, body: Any = None) -> Any:
     end = time.monotonic() + BUSY_SECONDS
     while True:
         try:
-            with opener.open(request, timeout=30) as answer:
+            with opener.open(request, timeout=DATABASE_SECONDS + 10) as answer:
                 content = answer.read()
             return json.loads(content) if content else None
         except urllib.error.HTTPError as error:

@@ -58,7 +58,7 @@ def free_port(host: str = "127.0.0.1") -> int:
     return port
 
 
-def until(reached: Callable[[], object], log: Path, seconds: float = 120) -> None:
+def until(reached: Callable[[], object], log: Path, seconds: float = 240) -> None:
     """Wait; where it is in vain, ``log`` says why."""
     end = time.monotonic() + seconds
     while not reached():
