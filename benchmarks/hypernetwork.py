@@ -18,7 +18,8 @@ import numpy as np
 from benchmarks.machine import provenance, save
 from stillhouse import seeding
 from stillhouse.agents import make_learner
-from stillhouse.envs.cartpole_family import CartPoleFamily, environment
+from stillhouse.envs.cartpole_family import environment
+from stillhouse.envs.physics import CartPoleFamily
 from stillhouse.evaluation.rollouts import evaluate, network_policy
 from stillhouse.evaluation.statistics import interval, mean, normalised_score, stratified_bootstrap
 from stillhouse.files import write_json
@@ -29,6 +30,13 @@ NAME = "meta_learning/hypernetwork"
 SEEDS = range(100, 105)
 TEST_TASKS, EPISODES_OF_DATA, EPISODES = 8, 3, 32
 SETTINGS: dict[str, Any] = {"updates": 100, "evaluation_episodes": EPISODES}
+# The whole family's physics but the pole's mass, in wider ranges than its own.
+RANGES: dict[str, tuple[float, float]] = {
+    "pole_length": (0.1, 2.0),
+    "force": (2.0, 30.0),
+    "gravity": (5.0, 15.0),
+    "pole_mass": (0.1, 0.1),
+}
 FAMILIES = {"physics": False, "physics, sides": True}  # whether sides are swapped
 KINDS = {"physics": ("none", "film"), "physics, sides": ("none", "context", "film", "weights")}
 TEACHER: dict[str, Any] = {
@@ -46,7 +54,7 @@ TEACHER: dict[str, Any] = {
 def learn(kind: str, swapped: bool, seed: int) -> dict[str, Any]:
     """One meta-training, judged on the test tasks."""
     config = HypernetworkConfig.model_validate(
-        {**SETTINGS, "conditioning": kind, "family": {"swapped": swapped}}
+        {**SETTINGS, "conditioning": kind, "family": {"ranges": RANGES, "swapped": swapped}}
     )
     learner = Hypernetwork(config, seed)
     for report in learner.train():
@@ -63,7 +71,7 @@ def learn(kind: str, swapped: bool, seed: int) -> dict[str, Any]:
 
 def teach(seed: int) -> list[float]:
     """A PPO teacher of its own for each test task: mean greedy test returns. Swapped tasks are the same by symmetry."""
-    tasks = CartPoleFamily().sample("test", TEST_TASKS, seeding.generator(seed, "test tasks"))
+    tasks = CartPoleFamily(ranges=RANGES).sample("test", TEST_TASKS, seeding.generator(seed, "test tasks"))
     found = []
     for index, task in enumerate(tasks):
         learner = make_learner(TEACHER, "cartpole", environment(task), seeding.derive(seed, "teacher", index))

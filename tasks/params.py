@@ -24,7 +24,7 @@ from stillhouse.datasets.collect import CollectConfig
 from stillhouse.distillation.offline import DistillationConfig
 from stillhouse.distillation.on_policy import OnPolicyConfig
 from stillhouse.distillation.online import OnlineConfig
-from stillhouse.envs.families import FAMILIES, PLAYED, make_family
+from stillhouse.envs.families import FAMILIES, PLAYED, FamilyConfig, make_family
 from stillhouse.envs.make import EnvironmentConfig, describe
 from stillhouse.envs.names import action_names, component_names
 from stillhouse.errors import StillhouseError
@@ -841,9 +841,9 @@ def check_environments(params: Params) -> None:
     }
     for name, learnt in params.meta_train.items():
         where = f"meta_train.{name}"
-        if learnt.method in ("maml_rl", "reptile_rl"):
+        if isinstance(family := getattr(learnt, "family", None), FamilyConfig):
             try:
-                make_family(learnt.family)
+                make_family(family)
             except StillhouseError as error:
                 said = str(error)
                 raise StillhouseError(

@@ -117,6 +117,10 @@ class FamilyConfig(Config):
         max_length=8,
         description="cartpole, acrobot: least and largest value of a physical constant; a constant that is not named keeps the family's range",
     )
+    swapped: bool = Field(
+        default=False,
+        description="cartpole: half of the tasks have left and right swapped, so that no policy of the observation alone is good at all",
+    )
 
 
 def make_family(config: FamilyConfig) -> Family:
@@ -133,6 +137,12 @@ def make_family(config: FamilyConfig) -> Family:
                 f"family.ranges: {config.name} has no physical constants to set; cartpole and acrobot have; leave ranges out"
             )
         options["ranges"] = config.ranges
+    if config.name == "cartpole":
+        options["swapped"] = config.swapped
+    elif config.swapped:
+        raise StillhouseError(
+            f"family.swapped: {config.name} has no sides to swap; cartpole has; leave swapped out, or take the family cartpole"
+        )
     if module == "minatar_family":
         options["game"] = config.game
     elif config.game != "breakout":

@@ -1,4 +1,7 @@
-"""CartPole and Acrobot as families: a task is a set of physical constants, drawn uniformly from ranges.
+"""CartPole and Acrobot as families: a task is a set of physical constants, drawn from ranges uniformly in their logarithms.
+
+CartPole's tasks may have left and right swapped, too: they look like their twins until an action is taken, and no policy of the observation
+alone can be good at both.
 
 The dynamics, rewards and ends are those of ``stillhouse/CartPole-v1`` and ``stillhouse/Acrobot-v1`` (:mod:`stillhouse.envs.variants`), which are
 Gymnasium's with the constants as options; here all copies of all tasks step together, in float64. A policy that is learnt
@@ -29,12 +32,42 @@ ACROBOT_RANGES: Ranges = MappingProxyType(
 _NONE: Ranges = MappingProxyType({})
 
 
-class CartPoleFamily:
-    """A task is (pole_length, gravity, force, pole_mass); reward 1 per step, and the episode ends when the pole falls.
+class _PhysicsFamily:
+    """What is drawn, and from where.
+
+    Args:
+        horizon: env steps of an episode.
+        ranges: least and largest value of a constant, over the family's own.
+
+    Raises:
+        StillhouseError: ranges that are none.
+    """
+
+    name: str
+    discrete = True
+    splits = True
+    own_ranges: Ranges
+
+    def __init__(self, horizon: int, ranges: Ranges) -> None:
+        self.horizon = horizon
+        self.ranges = check_ranges(self.name, ranges, self.own_ranges)
+        self._low, self._high = np.array(list(self.ranges.values())).T
+
+    def members(self, split: Split) -> int | None:
+        return None
+
+    def sample(self, split: Split, count: int, random: np.random.Generator) -> np.ndarray:
+        drawn = np.exp(sample_box(split, count, np.log(self._low), np.log(self._high), random))
+        return np.clip(drawn, self._low, self._high)  # a range without extent is its value to the last digit
+
+
+class CartPoleFamily(_PhysicsFamily):
+    """A task is (pole_length, gravity, force, pole_mass, swapped); reward 1 per step, and the episode ends when the pole falls.
 
     Args:
         horizon: env steps of an episode.
         ranges: least and largest value of a constant, over :data:`CARTPOLE_RANGES`.
+        swapped: half of the tasks have left and right swapped.
 
     Raises:
         StillhouseError: ranges that are none.
@@ -43,19 +76,24 @@ class CartPoleFamily:
     name = "cartpole"
     observations = 4
     actions = 2
-    discrete = True
-    splits = True
+    own_ranges = CARTPOLE_RANGES
 
-    def __init__(self, horizon: int = 200, ranges: Ranges = _NONE) -> None:
-        self.horizon = horizon
-        self.ranges = check_ranges(self.name, ranges, CARTPOLE_RANGES)
-        self._low, self._high = np.array(list(self.ranges.values())).T
-
-    def members(self, split: Split) -> int | None:
-        return None
+    def __init__(self, horizon: int = 200, ranges: Ranges = _NONE, swapped: bool = False) -> None:
+        super().__init__(horizon, ranges)
+        self.swapped = swapped
 
     def sample(self, split: Split, count: int, random: np.random.Generator) -> np.ndarray:
-        return sample_box(split, count, self._low, self._high, random)
+        physics = super().sample(split, count, random)
+        sides = np.zeros((count, 1))
+        if self.swapped:  # half of them in random order; who gets the odd one is drawn
+            sides[random.permutation(count)[: (count + int(random.integers(2))) // 2]] = 1
+        return np.concatenate([physics, sides], axis=1)
+
+    def scaled(self, tasks: np.ndarray) -> np.ndarray:
+        """Tasks [N, 5] as a critic may see them, float32: each column from -1 to 1 over its range, 0 where it does not vary."""
+        low, high = np.log(self._low), np.log(self._high)
+        physics = 2 * (np.log(tasks[:, :-1]) - low) / np.where(high > low, high - low, 1.0) - 1
+        return np.concatenate([physics * (high > low), 2 * tasks[:, -1:] - 1], axis=1).astype(np.float32)
 
     def reset(self, tasks: np.ndarray, rollouts: int, random: np.random.Generator) -> np.ndarray:
         return random.uniform(-0.05, 0.05, (len(tasks), rollouts, 4))
@@ -66,12 +104,12 @@ class CartPoleFamily:
     def step(
         self, tasks: np.ndarray, state: np.ndarray, actions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        length, gravity, push, pole_mass = tasks.T[..., None]
+        length, gravity, push, pole_mass, swapped = tasks.T[..., None]
         x, x_dot, theta, theta_dot = np.moveaxis(state, -1, 0)
         cosine, sine = np.cos(theta), np.sin(theta)
         total_mass = 1.0 + pole_mass
         moment = pole_mass * length
-        force = np.where(actions == 1, push, -push)
+        force = np.where((actions == 1) != (swapped == 1), push, -push)
         along = (force + moment * theta_dot**2 * sine) / total_mass
         theta_acceleration = (gravity * sine - cosine * along) / (
             length * (4 / 3 - pole_mass * cosine**2 / total_mass)
@@ -96,7 +134,7 @@ class CartPoleFamily:
         return np.full(len(tasks), float(self.horizon))
 
 
-class AcrobotFamily:
+class AcrobotFamily(_PhysicsFamily):
     """A task is (mass_1, mass_2, length_1); reward -1 per step until the tip is above the line.
 
     Args:
@@ -110,19 +148,10 @@ class AcrobotFamily:
     name = "acrobot"
     observations = 6
     actions = 3
-    discrete = True
-    splits = True
+    own_ranges = ACROBOT_RANGES
 
     def __init__(self, horizon: int = 500, ranges: Ranges = _NONE) -> None:
-        self.horizon = horizon
-        self.ranges = check_ranges(self.name, ranges, ACROBOT_RANGES)
-        self._low, self._high = np.array(list(self.ranges.values())).T
-
-    def members(self, split: Split) -> int | None:
-        return None
-
-    def sample(self, split: Split, count: int, random: np.random.Generator) -> np.ndarray:
-        return sample_box(split, count, self._low, self._high, random)
+        super().__init__(horizon, ranges)
 
     def reset(self, tasks: np.ndarray, rollouts: int, random: np.random.Generator) -> np.ndarray:
         return random.uniform(-0.1, 0.1, (len(tasks), rollouts, 4))

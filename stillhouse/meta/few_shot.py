@@ -1,9 +1,10 @@
-"""Few-shot regression of sinusoids: batches of tasks to meta-train on, and what is left of the error on tasks never seen."""
+"""Few-shot regression of sinusoids: batches of tasks to meta-train on, how training goes on, and what is left of the error on tasks never seen."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -12,12 +13,14 @@ from torch import Tensor
 from stillhouse import seeding
 from stillhouse.envs import sinusoid
 from stillhouse.envs.sinusoid import SinusoidConfig
+from stillhouse.errors import StillhouseError
 from stillhouse.networks.batched import PerceptronSize, Weights, for_tasks, predict
 from stillhouse.processor import exact_products
 
 QUERIES = 100  # points of a test task at which its error is measured, evenly spaced
 _BLOCK = 256  # batches drawn at once
 _TASKS_AT_ONCE = 1000
+_REPORT_EVERY = 100  # meta-updates
 
 Adapter = Callable[[Callable[[Weights], Tensor], Weights, int], Iterator[Weights]]
 """Losses of the tasks' examples, weights [T, ...] and a number of steps to the weights after 0, 1, ... of them."""
@@ -74,6 +77,35 @@ class TaskBatches:
             for array in (inputs, sinusoid.values(drawn, inputs))
         )
         self._block = block
+
+
+def meta_training(
+    update: Callable[[int], Tensor], done: int, total: int, remedy: str
+) -> Iterator[tuple[int, float]]:
+    """Make the meta-updates from number ``done`` on; after every hundred, how many there are now and the mean of their losses.
+
+    Args:
+        update: makes the one with this number; its loss, a scalar.
+        done: how many have been made.
+        total: how many there are to be.
+        remedy: what to lower where the loss blows up.
+
+    Raises:
+        StillhouseError: the loss is no longer finite.
+    """
+    while done < total:
+        stop = min(total, (done // _REPORT_EVERY + 1) * _REPORT_EVERY)
+        with exact_products():
+            loss = float(torch.stack([update(index) for index in range(done, stop)]).mean())
+        if not math.isfinite(loss):
+            raise StillhouseError(f"the loss is not finite before meta-update {stop}; lower {remedy}")
+        done = stop
+        yield done, loss
+
+
+def decayed(rate: float, decay: Literal["none", "cosine"], index: int, total: int) -> float:
+    """The meta-learning rate of meta-update ``index`` of ``total``."""
+    return rate * 0.5 * (1 + math.cos(math.pi * (index / total))) if decay == "cosine" else rate
 
 
 def squared_errors(

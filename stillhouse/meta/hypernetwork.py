@@ -36,13 +36,9 @@ from torch import Tensor, nn
 
 from stillhouse import seeding
 from stillhouse.config import Config
-from stillhouse.envs.cartpole_family import (
-    PHYSICS,
-    TRANSITION_WIDTH,
-    CartPoleFamily,
-    CartPoleFamilyVectorEnv,
-    transition_features,
-)
+from stillhouse.envs.cartpole_family import TRANSITION_WIDTH, CartPoleFamilyVectorEnv, transition_features
+from stillhouse.envs.families import FamilyConfig, make_family
+from stillhouse.envs.physics import CARTPOLE_RANGES, CartPoleFamily
 from stillhouse.envs.vector import VectorEnvironment
 from stillhouse.errors import StillhouseError
 from stillhouse.losses.policy_gradient import ClippedLoss, clipped_loss, normalise
@@ -62,7 +58,15 @@ from stillhouse.types import Report
 
 HEAD = "cartpole"  # of the networks that are made
 _OBSERVATIONS, _ACTIONS = 4, 2
+_TASK_WIDTH = len(CARTPOLE_RANGES) + 1  # and whether sides are swapped
 _FRESH_LOGITS = 0.01  # factor on the fresh output layer: learning starts from a nearly uniform policy
+
+
+class CartPoleFamilyConfig(FamilyConfig):
+    """The one family whose transitions a hypernetwork can read."""
+
+    name: Literal["cartpole"] = Field(default="cartpole", description="the family of environments")
+    horizon: int | None = Field(default=500, ge=1, le=10_000, description="env steps of an episode")
 
 
 class HypernetworkConfig(Config):
@@ -71,7 +75,7 @@ class HypernetworkConfig(Config):
     method: Literal["hypernetwork"] = Field(
         default="hypernetwork", description="a network that makes a task's policy from its transitions"
     )
-    family: CartPoleFamily = CartPoleFamily()
+    family: CartPoleFamilyConfig = CartPoleFamilyConfig()
     conditioning: Conditioning = Field(
         default="film",
         description="how a set of transitions changes the policy: further inputs (context), scale and shift (film), all weights "
@@ -138,7 +142,7 @@ class Hypernetwork:
         device: of the networks.
 
     Attributes:
-        tasks: the training tasks, [tasks, 4].
+        tasks: the training tasks, [tasks, 5].
         policy: what makes policies.
         env_steps: taken in training so far.
     """
@@ -153,10 +157,13 @@ class Hypernetwork:
 
     def __init__(self, config: HypernetworkConfig, seed: int, device: str = "cpu") -> None:
         self.config = config
-        self.tasks = config.family.sample("train", config.tasks, seeding.generator(seed, "training tasks"))
+        family = make_family(config.family)
+        assert isinstance(family, CartPoleFamily)
+        self._family = family
+        self.tasks = family.sample("train", config.tasks, seeding.generator(seed, "training tasks"))
         self._tasks = np.repeat(self.tasks, config.copies, axis=0)  # of each copy
         self.envs = VectorEnvironment.over(
-            CartPoleFamilyVectorEnv(self._tasks), seed, "train", "CartPole family"
+            CartPoleFamilyVectorEnv(self._tasks, family.horizon), seed, "train", "CartPole family"
         )
         self.device = device
         with torch.random.fork_rng(devices=[]):
@@ -185,7 +192,7 @@ class Hypernetwork:
         self._choosing = seeding.generator(seed, "sets")
         self._shuffling = seeding.torch_generator(seed, "shuffling")
         self._observations = self.envs.reset()
-        self._parameters_seen = torch.from_numpy(config.family.scaled(self._tasks)).to(device)
+        self._parameters_seen = torch.from_numpy(family.scaled(self._tasks)).to(device)
         shape = (config.rollout_length, len(self._tasks))
         self._rollout: dict[str, np.ndarray] = {
             "observations": np.zeros((*shape, _OBSERVATIONS), np.float32),
@@ -326,7 +333,7 @@ class Hypernetwork:
         return loss
 
     def _values(self, observations: Tensor, parameters: Tensor) -> Tensor:
-        """Values [B, T] of observations [B, T, 4] in tasks of these scaled parameters [B, 4]."""
+        """Values [B, T] of observations [B, T, 4] in tasks of these scaled parameters [B, 5]."""
         seen = parameters.unsqueeze(1).expand(-1, observations.shape[1], -1)
         values: Tensor = self._critic(torch.cat([observations, seen], 2)).squeeze(2)
         return values
@@ -363,11 +370,13 @@ class Hypernetwork:
         Each episode of data is sampled from the policy so far; ``transitions`` random ones of all so far make the next policy, which
         is judged by greedy episodes that all policies share. The baseline is random play.
         """
-        drawn = self.config.family.sample("test", tasks, seeding.generator(seed, "test tasks"))
-        episodes = self.config.evaluation_episodes
+        drawn = self._family.sample("test", tasks, seeding.generator(seed, "test tasks"))
+        episodes, horizon = self.config.evaluation_episodes, self._family.horizon
         uniform = [(torch.zeros(tasks, _ACTIONS, _OBSERVATIONS), torch.zeros(tasks, _ACTIONS))]
         sampling = seeding.generator(seed, "adaptation actions")
-        random_play = play(uniform, drawn, episodes, seed, "test", seeding.generator(seed, "random play"))
+        random_play = play(
+            uniform, drawn, horizon, episodes, seed, "test", seeding.generator(seed, "random play")
+        )
         pools = [np.zeros((0, TRANSITION_WIDTH), np.float32)] * tasks
         choosing = seeding.generator(seed, "adaptation sets")
         values = np.zeros((tasks, steps + 1))
@@ -376,9 +385,11 @@ class Hypernetwork:
                 values[:, step] = values[:, 0]
                 continue
             if step:
-                data = play(self._made(pools, choosing), drawn, 1, seed, f"adaptation {step}", sampling)
+                data = play(
+                    self._made(pools, choosing), drawn, horizon, 1, seed, f"adaptation {step}", sampling
+                )
                 pools = [np.concatenate(pair) for pair in zip(pools, data.transitions, strict=True)]
-            judged = play(self._made(pools, choosing), drawn, episodes, seed, "test", None)
+            judged = play(self._made(pools, choosing), drawn, horizon, episodes, seed, "test", None)
             values[:, step] = judged.returns.mean(axis=1)
         baselines = {"random": random_play.returns.mean(axis=1, keepdims=True)}
         return Adaptation("return", "episodes", list(range(steps + 1)), values, baselines)
@@ -449,6 +460,7 @@ class Played(NamedTuple):
 def play(
     layers: Layers,
     tasks: np.ndarray,
+    horizon: int,
     copies: int,
     seed: int,
     stream: str,
@@ -458,14 +470,15 @@ def play(
 
     Args:
         layers: of each task's policy, on the CPU.
-        tasks: [K, 4].
+        tasks: [K, 5].
+        horizon: env steps of an episode at most.
         copies: of each task.
         seed: of the episodes.
         stream: theirs.
         sampling: draws the actions; none: the greedy ones.
     """
     envs = VectorEnvironment.over(
-        CartPoleFamilyVectorEnv(np.repeat(tasks, copies, axis=0)), seed, stream, "CartPole family"
+        CartPoleFamilyVectorEnv(np.repeat(tasks, copies, axis=0), horizon), seed, stream, "CartPole family"
     )
     observations = envs.reset()
     returns = np.zeros(len(observations))
@@ -493,7 +506,7 @@ def play(
 
 def _critic(widths: tuple[int, ...]) -> nn.Sequential:
     """Observations beside the task's scaled parameters to a value."""
-    sizes = (_OBSERVATIONS + len(PHYSICS) + 1, *widths)
+    sizes = (_OBSERVATIONS + _TASK_WIDTH, *widths)
     layers: list[nn.Module] = []
     for inputs, width in itertools.pairwise(sizes):
         layers += [nn.Linear(inputs, width), nn.ReLU()]

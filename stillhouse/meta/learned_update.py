@@ -17,7 +17,6 @@ Deviations:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -29,17 +28,13 @@ from stillhouse import seeding
 from stillhouse.config import Config
 from stillhouse.envs import sinusoid
 from stillhouse.envs.sinusoid import SinusoidConfig
-from stillhouse.errors import StillhouseError
 from stillhouse.meta import Adaptation
-from stillhouse.meta.few_shot import TaskBatches, adaptation_errors
+from stillhouse.meta.few_shot import TaskBatches, adaptation_errors, decayed, meta_training
 from stillhouse.meta.inner_loop import adapt_for_evaluation
 from stillhouse.meta.maml import meta_losses
 from stillhouse.networks.batched import PerceptronSize, Weights, initial_weights, take_over
 from stillhouse.networks.parameters import FlatParameters
-from stillhouse.processor import exact_products
 from stillhouse.types import Report
-
-_REPORT_EVERY = 100  # meta-updates
 
 
 class MetaSGDConfig(Config):
@@ -115,18 +110,10 @@ class MetaSGD:
             StillhouseError: the meta-loss is no longer finite.
         """
         config = self.config
-        while self.meta_updates < config.meta_updates:
-            stop = min(config.meta_updates, (self.meta_updates // _REPORT_EVERY + 1) * _REPORT_EVERY)
-            with exact_products():
-                losses = [self._update(index) for index in range(self.meta_updates, stop)]
-            self.meta_updates = stop
-            loss = float(torch.stack(losses).mean())
-            if not math.isfinite(loss):
-                raise StillhouseError(
-                    f"the loss is not finite before meta-update {stop}; lower largest_rate ({config.largest_rate:g}) or meta_rate "
-                    f"({config.meta_rate:g})"
-                )
-            yield Report(stop, config.meta_updates, {"loss/query": loss, **self._rate_metrics()})
+        remedy = f"largest_rate ({config.largest_rate:g}) or meta_rate ({config.meta_rate:g})"
+        for done, loss in meta_training(self._update, self.meta_updates, config.meta_updates, remedy):
+            self.meta_updates = done
+            yield Report(done, config.meta_updates, {"loss/query": loss, **self._rate_metrics()})
 
     def _rate_metrics(self) -> dict[str, float]:
         rates = torch.cat([rate.detach().flatten() for rate in self.rates.values()])
@@ -145,9 +132,7 @@ class MetaSGD:
             every_step=config.every_step,
         ).mean()
         loss.backward()
-        share = index / config.meta_updates
-        decayed = 0.5 * (1 + math.cos(math.pi * share)) if config.meta_rate_decay == "cosine" else 1.0
-        self._parameters.step(config.meta_rate * decayed)
+        self._parameters.step(decayed(config.meta_rate, config.meta_rate_decay, index, config.meta_updates))
         return loss.detach()
 
     def evaluate(

@@ -36,14 +36,11 @@ from stillhouse import seeding
 from stillhouse.config import Config
 from stillhouse.envs import sinusoid
 from stillhouse.envs.sinusoid import SinusoidConfig
-from stillhouse.errors import StillhouseError
 from stillhouse.meta import Adaptation
-from stillhouse.meta.few_shot import TaskBatches, adaptation_errors, squared_errors
+from stillhouse.meta.few_shot import TaskBatches, adaptation_errors, meta_training, squared_errors
 from stillhouse.networks.batched import PerceptronSize, Weights, for_tasks, initial_weights, take_over
-from stillhouse.processor import exact_products
 from stillhouse.types import Report
 
-_REPORT_EVERY = 100  # outer steps
 _DECAY, _EPSILON = 0.999, 1e-8  # Adam's beta2 and epsilon
 
 
@@ -162,20 +159,13 @@ class Reptile:
             StillhouseError: the loss is no longer finite.
         """
         config = self.config
-        while self.meta_updates < config.meta_updates:
-            stop = min(config.meta_updates, (self.meta_updates // _REPORT_EVERY + 1) * _REPORT_EVERY)
-            with exact_products():
-                losses = [self._update(index) for index in range(self.meta_updates, stop)]
-            self.meta_updates = stop
-            loss = float(torch.stack(losses).mean())
-            if not math.isfinite(loss):
-                raise StillhouseError(
-                    f"the loss is not finite before outer step {stop}; lower inner_rate ({config.inner_rate:g}), or clip with max_gradient_norm"
-                )
+        remedy = f"inner_rate ({config.inner_rate:g}), or clip with max_gradient_norm"
+        for done, loss in meta_training(self._update, self.meta_updates, config.meta_updates, remedy):
+            self.meta_updates = done
             yield Report(
-                stop,
+                done,
                 config.meta_updates,
-                {"loss/inner": loss, "rate/outer": self.outer_rate(stop - 1)},
+                {"loss/inner": loss, "rate/outer": self.outer_rate(done - 1)},
             )
 
     def outer_rate(self, index: int) -> float:

@@ -1,58 +1,18 @@
-"""The family: disjoint splits, each copy's own physics, swapped sides, features by hand."""
+"""CartPole's family as an environment: each copy's own physics, swapped sides, the horizon, features by hand."""
 
 from __future__ import annotations
 
 import numpy as np
-import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from pydantic import ValidationError
 
-from stillhouse import seeding
-from stillhouse.envs.cartpole_family import (
-    CartPoleFamily,
-    CartPoleFamilyVectorEnv,
-    environment,
-    transition_features,
-)
+from stillhouse.envs.cartpole_family import CartPoleFamilyVectorEnv, environment, transition_features
 from stillhouse.envs.make import make_vector
+from stillhouse.envs.physics import CartPoleFamily
 from stillhouse.envs.vector import VectorEnvironment
 
 
-def part_sum(family: CartPoleFamily, tasks: np.ndarray) -> np.ndarray:
-    """Which of 8 parts every number lies in, added up, by another way than the module's."""
-    total = np.zeros(len(tasks), int)
-    for column, name in enumerate(("pole_length", "force", "gravity")):
-        low, high = getattr(family, name)
-        if low < high:
-            edges = low * (high / low) ** (np.arange(1, 8) / 8)
-            total += np.digitize(tasks[:, column], edges)
-    return total
-
-
-@given(seed=st.integers(0, 10**6), swapped=st.booleans(), fixed=st.booleans())
-@settings(max_examples=25, deadline=None)
-def test_training_and_test_tasks_are_disjoint(seed: int, swapped: bool, fixed: bool) -> None:
-    family = CartPoleFamily(swapped=swapped, gravity=(9.8, 9.8) if fixed else (5.0, 15.0))
-    random = seeding.generator(seed, "tasks")
-    train, test = (family.sample(split, 50, random) for split in ("train", "test"))  # type: ignore[arg-type]
-    assert (part_sum(family, train) % 4 != 3).all() and (part_sum(family, test) % 4 == 3).all()
-    for tasks in (train, test):
-        assert tasks.shape == (50, 4)
-        for column, (low, high) in enumerate((family.pole_length, family.force, family.gravity)):
-            assert (tasks[:, column] >= low * 0.999999).all() and (tasks[:, column] <= high * 1.000001).all()
-        assert tasks[:, 3].sum() == (25 if swapped else 0)
-        assert np.abs(family.scaled(tasks)).max() <= 1 + 1e-6
-
-
-def test_the_same_stream_gives_the_same_tasks() -> None:
-    first, second = (CartPoleFamily().sample("test", 8, seeding.generator(5, "test tasks")) for _ in range(2))
-    assert np.array_equal(first, second)
-
-
 def test_every_copy_has_its_own_physics_and_sides() -> None:
-    tasks = np.array([[0.5, 10.0, 9.8, 0], [1.5, 3.0, 12.0, 0], [1.5, 3.0, 12.0, 1]])
-    together = VectorEnvironment.over(CartPoleFamilyVectorEnv(tasks), 0, "train")
+    tasks = np.array([[0.5, 9.8, 10.0, 0.1, 0], [1.5, 12.0, 3.0, 0.4, 0], [1.5, 12.0, 3.0, 0.4, 1]])
+    together = VectorEnvironment.over(CartPoleFamilyVectorEnv(tasks, 500), 0, "train")
     start = together.reset()
     actions = np.array([1, 1, 0])
     moved = together.step(actions).observations
@@ -65,7 +25,33 @@ def test_every_copy_has_its_own_physics_and_sides() -> None:
     # The swapped twin is pushed to the other side than it says: its 0 is the other's 1.
     velocity = moved[:, 1] - start[:, 1]
     assert velocity[1] > 0 and velocity[2] > 0
-    np.testing.assert_allclose(velocity[1], velocity[2], rtol=0.05)
+    np.testing.assert_allclose(velocity[1], velocity[2], rtol=0.1)  # their starts differ
+
+
+def test_it_steps_as_the_family_does() -> None:
+    """Two forms of one family: the same states, rewards and ends, swapped tasks among them."""
+    family, random = CartPoleFamily(swapped=True), np.random.default_rng(2)
+    tasks = family.sample("train", 6, random)
+    assert tasks[:, 4].sum() == 3
+    env = CartPoleFamilyVectorEnv(tasks, 200)
+    env.reset(seed=0)
+    state = family.reset(tasks, 1, random)
+    env.state = state[:, 0].T.copy()  # type: ignore[assignment]
+    alive = np.ones(6, dtype=bool)
+    for _ in range(60):
+        actions = random.integers(2, size=6)
+        state, _, terminated = family.step(tasks, state, actions[:, None])
+        observed, _, ended, _, _ = env.step(actions)
+        np.testing.assert_allclose(observed[alive], family.observe(state)[alive, 0], rtol=1e-5, atol=1e-6)
+        assert (ended[alive] == terminated[alive, 0]).all()
+        alive &= ~ended
+    assert not alive.all()
+
+
+def test_an_episode_ends_at_the_horizon() -> None:
+    env = CartPoleFamilyVectorEnv(np.array([[0.5, 9.8, 10.0, 0.1, 0]]), 3)
+    env.reset(seed=0)
+    assert [bool(env.step(np.array([n % 2]))[3][0]) for n in range(3)] == [False, False, True]
 
 
 def test_features_by_hand() -> None:
@@ -76,10 +62,3 @@ def test_features_by_hand() -> None:
     np.testing.assert_allclose(found, wanted, atol=1e-4)
     assert found.dtype == np.float32
     assert transition_features(before, np.array([1]), after)[0, 4] == 1
-
-
-def test_bad_ranges_are_refused() -> None:
-    with pytest.raises(ValidationError, match="the smaller number first"):
-        CartPoleFamily(force=(3.0, 2.0))
-    with pytest.raises(ValidationError, match="must vary"):
-        CartPoleFamily(force=(3.0, 3.0), pole_length=(1.0, 1.0), gravity=(9.8, 9.8), swapped=True)

@@ -15,23 +15,24 @@ from stillhouse.envs.physics import AcrobotFamily, CartPoleFamily
 from stillhouse.envs.variants import AcrobotPhysicsEnv, CartPolePhysicsEnv
 from stillhouse.errors import StillhouseError
 
-SPLIT = [Navigation(), CartPoleFamily(), AcrobotFamily()]
+SPLIT = [Navigation(), CartPoleFamily(), CartPoleFamily(swapped=True), AcrobotFamily()]
 
 
-def bounds(family: object) -> tuple[np.ndarray, np.ndarray]:
+def in_its_box(family: object, tasks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tasks as points of the box that is cut into cells, and its ends."""
     if isinstance(family, CartPoleFamily | AcrobotFamily):
-        low, high = np.array(list(family.ranges.values())).T
-        return low, high
-    return np.full(2, -0.5), np.full(2, 0.5)
+        low, high = np.log(np.array(list(family.ranges.values()))).T
+        return np.log(tasks[:, : len(low)]), low, high
+    return tasks, np.full(2, -0.5), np.full(2, 0.5)
 
 
 @pytest.mark.parametrize("family", SPLIT, ids=lambda family: family.name)
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_tasks_lie_in_their_splits_cells_only(family: Navigation, split: Split) -> None:
-    low, high = bounds(family)
     tasks = family.sample(split, 500, np.random.default_rng(0))
-    assert tasks.shape == (500, len(low))
-    assert ((tasks >= low) & (tasks <= high)).all()
+    assert len(tasks) == 500
+    tasks, low, high = in_its_box(family, tasks)
+    assert ((tasks >= low - 1e-12) & (tasks <= high + 1e-12)).all()
     assert (for_testing(tasks, low, high) == (split == "test")).all()
     # Both reach all over the box.
     assert (tasks.min(axis=0) < low + 0.15 * (high - low)).all()
@@ -66,6 +67,21 @@ def test_an_axis_without_extent_takes_no_part_in_the_split() -> None:
     assert not set(np.floor(train[:, 1] * 10)) & set(np.floor(test[:, 1] * 10))
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_half_of_the_tasks_have_swapped_sides_where_that_is_asked_for(swapped: bool) -> None:
+    family = CartPoleFamily(swapped=swapped)
+    random = np.random.default_rng(0)
+    assert family.sample("test", 10, random)[:, 4].sum() == 5 * swapped
+    alone = {float(family.sample("train", 1, random)[0, 4]) for _ in range(20)}
+    assert alone == ({0.0, 1.0} if swapped else {0.0})
+
+
+def test_a_critic_sees_tasks_from_minus_one_to_one() -> None:
+    family = CartPoleFamily(ranges={"gravity": (9.8, 9.8), "force": (1.0, 100.0)}, swapped=True)
+    tasks = np.array([[0.2, 9.8, 10.0, 1.0, 0], [1.5, 9.8, 100.0, 0.05, 1]])
+    np.testing.assert_allclose(family.scaled(tasks), [[-1, 0, 0, 1, -1], [1, 0, 1, -1, 1]], atol=1e-6)
+
+
 def test_sampling_depends_on_the_generator_alone() -> None:
     one, two = (Navigation().sample("train", 5, np.random.default_rng(3)) for _ in range(2))
     assert (one == two).all()
@@ -97,7 +113,7 @@ def test_the_oracle_of_navigation_walks_straight() -> None:
 
 def naive_cartpole(task: np.ndarray) -> CartPolePhysicsEnv:
     return CartPolePhysicsEnv(
-        **dict(zip(("pole_length", "gravity", "force", "pole_mass"), task, strict=True))
+        **dict(zip(("pole_length", "gravity", "force", "pole_mass"), task[:4], strict=True))
     )
 
 
@@ -153,6 +169,7 @@ def test_a_copy_that_is_stepped_on_after_its_end_stays_finite() -> None:
             {"name": "acrobot", "ranges": {"mass_1": (1, 1), "mass_2": (1, 1), "length_1": (1, 1)}},
             "one member only",
         ),
+        ({"name": "acrobot", "swapped": True}, "acrobot has no sides to swap"),
         ({"name": "pendulum"}, "name: Input should be 'navigation'"),
         ({"name": "cartpole", "horizon": 0}, "horizon: Input should be greater than or equal to 1"),
     ],

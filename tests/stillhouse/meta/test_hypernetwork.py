@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from stillhouse.checkpoint import load_state, save_checkpoint, save_state
-from stillhouse.envs.cartpole_family import TRANSITION_WIDTH, CartPoleFamily, environment
+from stillhouse.envs.cartpole_family import TRANSITION_WIDTH, environment
 from stillhouse.errors import StillhouseError
 from stillhouse.evaluation.rollouts import evaluate, network_policy
 from stillhouse.meta import METHODS
@@ -34,7 +34,7 @@ def learner(seed: int = 0, **settings: Any) -> Hypernetwork:
         "epochs": 2,
         "minibatches": 2,
         "evaluation_episodes": 2,
-        "family": CartPoleFamily(swapped=True),
+        "family": {"swapped": True},
     }
     return Hypernetwork(HypernetworkConfig.model_validate(small | settings), seed)
 
@@ -131,7 +131,7 @@ def test_invalid_rows_change_no_gradient() -> None:
 def test_the_policy_does_not_see_the_task_and_the_critic_does() -> None:
     found = learner(conditioning="film")
     observations = torch.zeros(2, 1, 4)
-    a, b = found._values(observations, torch.tensor([[-1.0, 0, 0, 1], [1.0, 0, 0, 1]])).squeeze(1)
+    a, b = found._values(observations, torch.tensor([[-1.0, 0, 0, 0, 1], [1.0, 0, 0, 0, 1]])).squeeze(1)
     assert a != b
     assert set(found.learnt()) == set(found.policy.state_dict())
     assert not any("critic" in name for name in found.learnt())
@@ -181,15 +181,15 @@ def test_data_change_the_network_that_is_made(tmp_path: Path) -> None:
 
 def test_playing_one_episode_a_copy() -> None:
     """Pushing to one side always: every episode is short, and as long as its transitions are many."""
-    tasks = np.array([[0.5, 10.0, 9.8, 0], [0.5, 10.0, 9.8, 1], [2.0, 5.0, 9.8, 0]])
+    tasks = np.array([[0.5, 9.8, 10.0, 0.1, 0], [0.5, 9.8, 10.0, 0.1, 1], [2.0, 9.8, 5.0, 0.1, 0]])
     layers = [(torch.zeros(3, 2, 4), torch.tensor([[0.0, 1.0]]).expand(3, 2))]
-    found = play(layers, tasks, 5, 0, "test", None)
+    found = play(layers, tasks, 500, 5, 0, "test", None)
     assert found.returns.shape == (3, 5)
     assert [len(rows) for rows in found.transitions] == found.returns.sum(axis=1).tolist()
     assert ((found.returns >= 7) & (found.returns <= 30)).all() and (found.returns[0] <= 11).all()
     pushes = [rows[:, 6].mean() for rows in found.transitions]  # change of velocity
     assert pushes[0] > 0 > pushes[1]
-    again = play(layers, tasks, 5, 0, "test", None)
+    again = play(layers, tasks, 500, 5, 0, "test", None)
     assert np.array_equal(found.returns, again.returns)
 
 
@@ -202,7 +202,12 @@ def test_a_loss_that_is_not_finite_stops_it() -> None:
 
 
 def test_bad_settings_are_refused() -> None:
-    for bad in ({"tasks": 1, "copies": 1, "minibatches": 2}, {"widths": (0,)}, {"conditioning": "magic"}):
+    for bad in (
+        {"tasks": 1, "copies": 1, "minibatches": 2},
+        {"widths": (0,)},
+        {"conditioning": "magic"},
+        {"family": {"name": "navigation"}},
+    ):
         with pytest.raises(ValidationError):
             HypernetworkConfig.model_validate(bad)
 
@@ -211,7 +216,15 @@ def test_bad_settings_are_refused() -> None:
 def test_an_episode_of_data_tells_which_side_is_which() -> None:
     """Over 5 seeds the worst unseen task is played better after an episode than before it: a sign test, p = 1/32."""
     settings: dict[str, Any] = {
-        "family": CartPoleFamily(pole_length=(0.4, 1), force=(8, 12), gravity=(9.8, 9.8), swapped=True),
+        "family": {
+            "ranges": {
+                "pole_length": (0.4, 1),
+                "force": (8, 12),
+                "gravity": (9.8, 9.8),
+                "pole_mass": (0.1, 0.1),
+            },
+            "swapped": True,
+        },
         "tasks": 8,
         "updates": 80,
         "rollout_length": 32,

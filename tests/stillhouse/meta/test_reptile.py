@@ -169,7 +169,7 @@ def test_the_defaults_are_the_demonstrations() -> None:
 def test_a_loss_that_is_no_number_stops_the_training() -> None:
     with pytest.raises(
         StillhouseError,
-        match="not finite before outer step 100; lower inner_rate .10., or clip with max_gradient_norm",
+        match="not finite before meta-update 100; lower inner_rate .10., or clip with max_gradient_norm",
     ):
         trained(ReptileConfig(**{**SMALL, "network": PerceptronSize(hidden=(8, 8))}, inner_rate=10.0))
 
