@@ -44,6 +44,7 @@ def meta_evaluate(context: StageContext) -> None:
             "measure": found.measure,
             "unit": found.unit,
             "tasks": len(found.values),
+            "unseen": family is None or family.splits,  # of two directions, say, both are trained on
             "steps": list(found.steps),
             # Means over the tasks and their standard errors; a single column stands for every step.
             "means": means,

@@ -561,7 +561,8 @@ def _meta_section(results: Results, summary: Summary) -> str:
     cards = []
     for name, found in summary.meta.items():
         settings = results.settings["meta_train"][name]
-        title = f"{_MEASURES[found.measure]} on unseen tasks"
+        title = f"{_MEASURES[found.measure]} on {'unseen' if found.unseen else 'these'} tasks"
+        said = "unseen tasks" if found.unseen else "tasks, all that the family has: training saw them too,"
         lines = _adaptation(found, len(results.seeds))
         chart = charts.chart(lines, title, found.unit, y_range=_height(found, lines), size=(900, 280))
         family = settings.get("family") or settings.get("optimisee") or {}
@@ -569,10 +570,10 @@ def _meta_section(results: Results, summary: Summary) -> str:
         kind = escape(str(name_of).replace("_", " "))
         cards.append(
             f'<article><h3>{escape(name)} <span class="id">{escape(str(settings["method"]))}</span></h3>'
-            f'<p class="lead small">{kind.capitalize()}{": " if kind else ""}{found.tasks:,} unseen tasks for each seed.</p>'
+            f'<p class="lead small">{kind.capitalize()}{": " if kind else ""}{found.tasks:,} {said} for each seed.</p>'
             f"{chart}{_adaptation_table(found)}</article>"
         )
-    lead = "What was learnt on a family of tasks, adapted to tasks of it that training never saw."
+    lead = "What was learnt on a family of tasks, adapted to tasks of it: to such as training never saw, where it has any."
     return _section("Meta-learning", lead, f'<div class="cards">{"".join(cards)}</div>', "meta-learning")
 
 

@@ -135,13 +135,14 @@ class TransferRow:
 
 @dataclass(frozen=True)
 class MetaSummary:
-    """How what was meta-learnt adapts to unseen tasks.
+    """How what was meta-learnt adapts to tasks of its family.
 
     Attributes:
         measure: of the values: ``mse`` and ``loss`` are better when smaller, ``return`` when larger.
         unit: what ``steps`` counts.
         steps: of adaptation, [n].
-        tasks: unseen ones for each seed.
+        tasks: judged ones for each seed.
+        unseen: whether they are others than those of training.
         arms: the method, then what it is compared with: a mean over the tasks after every step, one for each seed.
     """
 
@@ -149,6 +150,7 @@ class MetaSummary:
     unit: str
     steps: list[int]
     tasks: int
+    unseen: bool
     arms: dict[str, list[Estimate]]
 
 
@@ -183,7 +185,7 @@ def _meta(results: Results, name: str) -> MetaSummary:
             [np.broadcast_to(np.array(run["means"][arm], np.float64), len(first["steps"])) for run in found]
         )
         arms[arm] = [_over_seeds(column) for column in means.T]
-    return MetaSummary(first["measure"], first["unit"], first["steps"], first["tasks"], arms)
+    return MetaSummary(first["measure"], first["unit"], first["steps"], first["tasks"], first["unseen"], arms)
 
 
 @dataclass(frozen=True)

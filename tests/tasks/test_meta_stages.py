@@ -203,6 +203,7 @@ def test_a_family_of_two_is_judged_on_both(
 ) -> None:
     class Family:
         name = "two"
+        splits = False
 
         def members(self, split: str) -> int:
             return 2
@@ -226,7 +227,8 @@ def test_a_family_of_two_is_judged_on_both(
     for module in ("tasks.meta_train", "tasks.meta_evaluate"):
         monkeypatch.setattr(f"{module}.make_meta_learner", lambda *_: Two())
     run("maml")
-    assert json.loads(Path("data/adaptation/maml-s0.json").read_text())["tasks"] == 2
+    found = json.loads(Path("data/adaptation/maml-s0.json").read_text())
+    assert found["tasks"] == 2 and not found["unseen"]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -306,6 +308,7 @@ def test_the_report_shows_the_method_first_and_the_mean_over_seeds() -> None:
             "measure": "mse",
             "unit": "updates",
             "tasks": 3,
+            "unseen": True,
             "steps": [0, 1],
             "means": {"a_baseline": [5.0], "maml": [4.0, 1.0]},
         },
@@ -323,3 +326,7 @@ def test_the_report_shows_the_method_first_and_the_mean_over_seeds() -> None:
     assert found["a_baseline"]["after_1"] == {"value": 6.0, "s0": 5.0, "s1": 7.0}
     page = render(results, summary)
     assert "Learning to learn" in page and "3 unseen tasks for each seed" in page and "6.00" in page
+    for each in (run, other):
+        each["adaptation"]["unseen"] = False  # type: ignore[index]
+    page = render(results, summarise(results))
+    assert "training saw them too, for each seed" in page and "unseen" not in page
