@@ -55,6 +55,7 @@ def navigation(family: str, meta_updates: int, gae_lambda: float) -> dict[str, d
     maml = {"method": "maml_rl", **common, **TRUST_REGION}
     return {
         "maml": maml,
+        "maml_ppo": {"method": "maml_rl", **common, "outer": "ppo"},
         "pretrained": {**maml, "inner_steps": 0, "rollouts": 40},
         "reptile": {"method": "reptile_rl", **common, "inner_steps": 2},
     }
@@ -125,17 +126,23 @@ STUDIES: dict[str, dict[str, Any]] = {
 }
 
 
-def run(study: str, arm: str, seed: int, state_folder: Path) -> dict[str, Any]:
-    """One training and its evaluation."""
-    settings = STUDIES[study]["arms"][arm]
+def configured(settings: dict[str, Any]) -> tuple[Any, Any]:
+    """The meta-learner's class, and its settings with all defaults."""
     module = importlib.import_module(f"stillhouse.meta.{settings['method']}")
     factory, config_class = METHODS[settings["method"]]
-    config = parse(getattr(module, config_class), settings)
-    learner: Any = getattr(module, factory)(config, seed)
+    return getattr(module, factory), parse(getattr(module, config_class), settings)
+
+
+def run(study: str, arm: str, seed: int, state_folder: Path) -> dict[str, Any]:
+    """One training and its evaluation."""
+    make, config = configured(STUDIES[study]["arms"][arm])
+    learner: Any = make(config, seed)
     curve: list[list[float]] = []
     seconds = 0.0
     if state_folder.exists():
         state = load_state(state_folder)
+        if state["settings"] != config.model_dump(mode="json"):
+            raise SystemExit(f"{state_folder} is of other settings; remove it")
         learner.set_state(state["learner"])
         curve, seconds = state["curve"], state["seconds"]
     began = time.process_time() - seconds
@@ -145,7 +152,13 @@ def run(study: str, arm: str, seed: int, state_folder: Path) -> dict[str, Any]:
         curve.append([round(float(each), 3) for each in row])
         if report.done % SAVE_EVERY == 0 and report.done < report.total:
             seconds = time.process_time() - began
-            save_state(state_folder, {"learner": learner.get_state(), "curve": curve, "seconds": seconds})
+            state = {
+                "settings": config.model_dump(mode="json"),
+                "learner": learner.get_state(),
+                "curve": curve,
+                "seconds": seconds,
+            }
+            save_state(state_folder, state)
             print(study, arm, seed, curve[-1], round(seconds), flush=True)
     seconds = time.process_time() - began
     found = learner.evaluate(STUDIES[study]["tasks"], STEPS, seed)
@@ -219,7 +232,11 @@ def main() -> None:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     write_json(path, run(study, arm, seed, state_folder))
                     shutil.rmtree(state_folder, ignore_errors=True)
-                runs.setdefault(arm, {})[seed] = json.loads(path.read_text())
+                found = json.loads(path.read_text())
+                config = configured(STUDIES[study]["arms"][arm])[1]
+                if found["settings"] != config.model_dump(mode="json"):
+                    raise SystemExit(f"{path} is of other settings; remove it")
+                runs.setdefault(arm, {})[seed] = found
                 print(study, arm, seed, runs[arm][seed]["returns"], runs[arm][seed]["baselines"], flush=True)
         if not arguments.seeds:
             save(f"meta_learning/{study}", result(study, runs))

@@ -458,6 +458,15 @@ def jobs() -> dict[str, Callable[[int], dict[str, Any]]]:
     return found
 
 
+def settings_of(name: str) -> dict[str, Any]:
+    """What a job's result is of, beside its seed."""
+    configs: dict[str, Config] = {
+        **ARMS,
+        **{f"learned optimiser, {kind}": config for kind, config in OPTIMISERS.items()},
+    }
+    return configs[name].model_dump(mode="json") if name in configs else {"updates": BUDGET}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -483,10 +492,17 @@ def main() -> None:
         for name in arguments.only:
             if not path(name, seed).is_file():
                 print(time.strftime("%H:%M:%S"), name, seed, flush=True)
-                text = json.dumps(jobs()[name](seed))
+                text = json.dumps({**jobs()[name](seed), "settings": settings_of(name)})
                 path(name, seed).write_text(text)
+
+    def kept(name: str, seed: int) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(path(name, seed).read_text())
+        if found.get("settings") != settings_of(name):
+            raise SystemExit(f"{path(name, seed)} is of other settings; remove it")
+        return found
+
     done = {
-        name: [json.loads(path(name, seed).read_text()) for seed in arguments.seeds]
+        name: [kept(name, seed) for seed in arguments.seeds]
         for name in jobs()
         if all(path(name, seed).is_file() for seed in arguments.seeds)
     }
