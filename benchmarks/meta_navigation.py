@@ -61,6 +61,25 @@ def navigation(family: str, meta_updates: int, gae_lambda: float) -> dict[str, d
     }
 
 
+def with_pretrained(
+    family: dict[str, Any], meta_updates: int, rollouts: int, **settings: Any
+) -> dict[str, dict[str, Any]]:
+    """MAML, and one policy for all tasks of as many episodes."""
+    return {
+        name: {
+            "method": "maml_rl",
+            "family": family,
+            "meta_updates": meta_updates,
+            "rollouts": rollouts * (2 - inner_steps),
+            "inner_steps": inner_steps,
+            "inner_rate": 0.1,
+            **TRUST_REGION,
+            **settings,
+        }
+        for name, inner_steps in (("maml", 1), ("pretrained", 0))
+    }
+
+
 STUDIES: dict[str, dict[str, Any]] = {
     "navigation": {
         "question": (
@@ -102,24 +121,32 @@ STUDIES: dict[str, dict[str, Any]] = {
         "tasks": 2,
         "paper": PAPER_CHEETAH,
     },
+    "cheetah_velocity": {
+        "question": (
+            "HalfCheetah at a given speed in [0, 2] m/s, H = 200, reward -|speed - wanted| less 0.05 of the squared action: mean return on 40 unseen "
+            "speeds after 0 to 3 policy gradient updates of 40 episodes each."
+        ),
+        "arms": with_pretrained(
+            {"name": "cheetah_velocity"}, 100, 20, tasks=10, gae_lambda=0.95, damping=0.001
+        ),
+        "tasks": 40,
+        "paper": None,  # a curve in the paper, and no table
+    },
     "cartpole_family": {
         "question": (
             "CartPole with other lengths, masses, gravity and push, H = 200: mean return on 40 unseen sets of constants after 0 to 3 policy gradient "
             "updates of 40 episodes each."
         ),
-        "arms": {
-            name: {
-                "method": "maml_rl",
-                "family": {"name": "cartpole"},
-                "meta_updates": 40,
-                "tasks": 20,
-                "rollouts": 10 * (2 - inner_steps),
-                "inner_steps": inner_steps,
-                "inner_rate": 0.1,
-                **TRUST_REGION,
-            }
-            for name, inner_steps in (("maml", 1), ("pretrained", 0))
-        },
+        "arms": with_pretrained({"name": "cartpole"}, 40, 10, tasks=20),
+        "tasks": 40,
+        "paper": None,
+    },
+    "cartpole_sides": {
+        "question": (
+            "CartPole with other lengths, masses, gravity and push, H = 200, and left and right swapped in half of the tasks, which nothing shows before a "
+            "push: mean return on 40 unseen tasks after 0 to 3 policy gradient updates of 40 episodes each."
+        ),
+        "arms": with_pretrained({"name": "cartpole", "swapped": True}, 120, 20, tasks=20),
         "tasks": 40,
         "paper": None,
     },

@@ -173,6 +173,7 @@ SECTIONS: tuple[tuple[str, str, Draw, str], ...] = (
     ("navigation", "2D navigation", returns_by_update, ""),
     ("navigation_distance", "2D navigation, reward -distance", returns_by_update, ""),
     ("cartpole_family", "CartPole with other physics", returns_by_update, ""),
+    ("cartpole_sides", "CartPole with other physics, sides swapped or not", returns_by_update, ""),
     (
         "cheetah_direction",
         "HalfCheetah, forward or backward",
@@ -180,6 +181,7 @@ SECTIONS: tuple[tuple[str, str, Draw, str], ...] = (
         "Returns of different versions of MuJoCo cannot be compared; the gain by one update can, in its order. The family has two members: training "
         "and test tasks are the same, as in the paper.",
     ),
+    ("cheetah_velocity", "HalfCheetah at a given speed", returns_by_update, ""),
     ("bandits", "RL² on bandits", bandits_table, ""),
     ("tabular_mdps", "RL² on random MDPs", bandits_table, ""),
     ("aggregation", "One network of several agents", networks_table, ""),
