@@ -59,7 +59,11 @@ def _interrupt(*_: object) -> NoReturn:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="stillhouse",
-        description="Distil and transfer reinforcement-learning agents.",
+        description=(
+            "Distil and transfer reinforcement-learning agents. Every command acts on the checkout that it\n"
+            "is installed from, wherever it is called; what a run in a worktree has recorded is asked for by\n"
+            "the name of its experiment (`--rev`)."
+        ),
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
