@@ -132,6 +132,22 @@ STUDIES: dict[str, dict[str, Any]] = {
         "tasks": 40,
         "paper": None,  # a curve in the paper, and no table
     },
+    "minatar_views": {
+        "question": (
+            "Space Invaders in ways of seeing that training never saw (order of the planes, flip), episodes of 100 steps: mean return on 40 unseen ways "
+            "after 0 to 3 policy gradient updates of 40 episodes each."
+        ),
+        "arms": with_pretrained(
+            {"name": "minatar", "game": "space_invaders", "horizon": 100},
+            60,
+            10,
+            tasks=20,
+            gae_lambda=0.95,
+            max_kl=0.05,
+        ),
+        "tasks": 40,
+        "paper": None,
+    },
     "cartpole_family": {
         "question": (
             "CartPole with other lengths, masses, gravity and push, H = 200: mean return on 40 unseen sets of constants after 0 to 3 policy gradient "

@@ -182,6 +182,7 @@ SECTIONS: tuple[tuple[str, str, Draw, str], ...] = (
         "and test tasks are the same, as in the paper.",
     ),
     ("cheetah_velocity", "HalfCheetah at a given speed", returns_by_update, ""),
+    ("minatar_views", "A MinAtar game in other views", returns_by_update, ""),
     ("bandits", "RL² on bandits", bandits_table, ""),
     ("tabular_mdps", "RL² on random MDPs", bandits_table, ""),
     ("aggregation", "One network of several agents", networks_table, ""),

@@ -119,7 +119,7 @@ class FamilyConfig(Config):
     )
     swapped: bool = Field(
         default=False,
-        description="cartpole: half of the tasks have left and right swapped, so that no policy of the observation alone is good at all",
+        description="cartpole: half of the tasks have left and right swapped, which nothing shows before a push",
     )
 
 

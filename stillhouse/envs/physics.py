@@ -1,7 +1,7 @@
 """CartPole and Acrobot as families: a task is a set of physical constants, drawn from ranges uniformly in their logarithms.
 
-CartPole's tasks may have left and right swapped, too: they look like their twins until an action is taken, and no policy of the observation
-alone can be good at both.
+CartPole's tasks may have left and right swapped, too: they look like their twins until an action is taken. What past pushes have done is seen in
+the speeds alone.
 
 The dynamics, rewards and ends are those of ``stillhouse/CartPole-v1`` and ``stillhouse/Acrobot-v1`` (:mod:`stillhouse.envs.variants`), which are
 Gymnasium's with the constants as options; here all copies of all tasks step together, in float64. A policy that is learnt

@@ -21,7 +21,7 @@ def study(**more: Any) -> dict[str, Any]:
 
 def test_what_was_not_run_is_one_line() -> None:
     page = render({})
-    assert page.count("Not run yet") == 11
+    assert page.count("Not run yet") == 14
     assert "there is no `benchmarks/results/meta_learning/cheetah_direction.json`" in page
 
 
