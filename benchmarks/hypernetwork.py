@@ -9,20 +9,18 @@ part. Settings were chosen on seeds below 10. Writes ``benchmarks/results/meta_l
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.machine import provenance, save
+from benchmarks.machine import kept, provenance, save
 from stillhouse import seeding
 from stillhouse.agents import make_learner
 from stillhouse.envs.cartpole_family import environment
 from stillhouse.envs.physics import CartPoleFamily
 from stillhouse.evaluation.rollouts import evaluate, network_policy
 from stillhouse.evaluation.statistics import interval, mean, normalised_score, stratified_bootstrap
-from stillhouse.files import write_json
 from stillhouse.meta.hypernetwork import Hypernetwork, HypernetworkConfig
 from stillhouse.processor import use_one_core
 
@@ -30,7 +28,7 @@ NAME = "meta_learning/hypernetwork"
 SEEDS = range(100, 105)
 TEST_TASKS, EPISODES_OF_DATA, EPISODES = 8, 3, 32
 SETTINGS: dict[str, Any] = {"updates": 100, "evaluation_episodes": EPISODES}
-# The whole family's physics but the pole's mass, in wider ranges than its own.
+# Other ranges than the family's own; the pole's mass does not vary.
 RANGES: dict[str, tuple[float, float]] = {
     "pole_length": (0.1, 2.0),
     "force": (2.0, 30.0),
@@ -51,11 +49,15 @@ TEACHER: dict[str, Any] = {
 }
 
 
-def learn(kind: str, swapped: bool, seed: int) -> dict[str, Any]:
-    """One meta-training, judged on the test tasks."""
-    config = HypernetworkConfig.model_validate(
+def configured(kind: str, swapped: bool) -> HypernetworkConfig:
+    """All settings of one meta-training."""
+    return HypernetworkConfig.model_validate(
         {**SETTINGS, "conditioning": kind, "family": {"ranges": RANGES, "swapped": swapped}}
     )
+
+
+def learn(config: HypernetworkConfig, seed: int) -> dict[str, Any]:
+    """One meta-training, judged on the test tasks."""
     learner = Hypernetwork(config, seed)
     for report in learner.train():
         last = report.metrics
@@ -82,23 +84,19 @@ def teach(seed: int) -> list[float]:
     return found
 
 
-def kept(path: Path, make: Any) -> Any:
-    """What lies in a file, or is made and laid there."""
-    if not path.is_file():
-        write_json(path, make())
-        print(path.name, flush=True)
-    return json.loads(path.read_text())
-
-
 def measure(seed: int, work: Path) -> dict[str, Any]:
     """All parts of a seed: by family and conditioning, and the teachers."""
-    found: dict[str, Any] = {"teacher": kept(work / f"teacher-{seed}.json", lambda: teach(seed))}
+    judged = {"ranges": RANGES, "tasks": TEST_TASKS, "episodes": EPISODES}
+    found: dict[str, Any] = {
+        "teacher": kept(work / f"teacher-{seed}.json", {"teacher": TEACHER, **judged}, lambda: teach(seed))
+    }
     for family, swapped in FAMILIES.items():
         for kind in KINDS[family]:
             path = work / f"{'sides' if swapped else 'physics'}-{kind}-{seed}.json"
-            found[f"{family}/{kind}"] = kept(
-                path, lambda kind=kind, swapped=swapped: learn(kind, swapped, seed)
-            )
+            config = configured(kind, swapped)
+            settings = {"config": config.model_dump(mode="json"), "data": EPISODES_OF_DATA, **judged}
+            found[f"{family}/{kind}"] = kept(path, settings, lambda config=config: learn(config, seed))
+            print(path.name, flush=True)
     return found
 
 
@@ -174,7 +172,7 @@ def main() -> None:
     given = parser.parse_args()
     use_one_core()
     given.work.mkdir(parents=True, exist_ok=True)
-    circumstances = kept(given.work / "provenance.json", provenance)  # of the commit it began with
+    circumstances = kept(given.work / "provenance.json", {}, provenance)  # of the commit it began with
     runs = [measure(seed, given.work) for seed in given.seeds]
     result = study(runs, given.seeds, circumstances)
     if given.seeds == list(SEEDS):

@@ -1,4 +1,4 @@
-"""What a result was measured on and by what: commit, command, processor, versions."""
+"""What a result was measured on and by what: commit, command, processor, versions. Where results and their parts are kept."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from stillhouse.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -40,6 +43,21 @@ def provenance() -> dict[str, Any]:
 
 class _Unnamed:
     name = "benchmarks"
+
+
+def kept(path: Path, settings: dict[str, Any], make: Callable[[], Any]) -> Any:
+    """A part of a study: what lies in a file, or is made now and laid there.
+
+    Raises:
+        SystemExit: what lies there was made with other settings.
+    """
+    settings = json.loads(json.dumps(settings))
+    if not path.is_file():
+        write_json(path, {"settings": settings, "found": make()})
+    there = json.loads(path.read_text())
+    if there.get("settings") != settings:
+        raise SystemExit(f"{path} is of other settings; remove it")
+    return there["found"]
 
 
 def save(name: str, result: dict[str, Any]) -> None:

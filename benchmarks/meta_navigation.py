@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import shutil
 import time
 from pathlib import Path
@@ -21,10 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.machine import provenance, save
+from benchmarks.machine import kept, provenance, save
 from stillhouse.checkpoint import load_state, save_state
 from stillhouse.config import parse
-from stillhouse.files import write_json
 from stillhouse.meta import METHODS
 from stillhouse.processor import use_one_core
 
@@ -184,7 +182,7 @@ def run(study: str, arm: str, seed: int, state_folder: Path) -> dict[str, Any]:
     seconds = 0.0
     if state_folder.exists():
         state = load_state(state_folder)
-        if state["settings"] != config.model_dump(mode="json"):
+        if state.get("settings") != config.model_dump(mode="json"):
             raise SystemExit(f"{state_folder} is of other settings; remove it")
         learner.set_state(state["learner"])
         curve, seconds = state["curve"], state["seconds"]
@@ -270,15 +268,16 @@ def main() -> None:
         for seed in arguments.seeds or SEEDS:
             for arm in arguments.arms or STUDIES[study]["arms"]:
                 path = arguments.work / f"{study}-{arm}-{seed}.json"
-                if not path.exists():
-                    state_folder = path.with_suffix(".state")
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    write_json(path, run(study, arm, seed, state_folder))
-                    shutil.rmtree(state_folder, ignore_errors=True)
-                found = json.loads(path.read_text())
                 config = configured(STUDIES[study]["arms"][arm])[1]
-                if found["settings"] != config.model_dump(mode="json"):
-                    raise SystemExit(f"{path} is of other settings; remove it")
+                settings = {
+                    "config": config.model_dump(mode="json"),
+                    "tasks": STUDIES[study]["tasks"],
+                    "steps": STEPS,
+                }
+                state_folder = path.with_suffix(".state")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                found = kept(path, settings, lambda: run(study, arm, seed, state_folder))  # noqa: B023 - called at once
+                shutil.rmtree(state_folder, ignore_errors=True)
                 runs.setdefault(arm, {})[seed] = found
                 print(study, arm, seed, runs[arm][seed]["returns"], runs[arm][seed]["baselines"], flush=True)
         if not arguments.seeds:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.nn import functional
 
-from benchmarks.machine import load, provenance, save
+from benchmarks.machine import kept, load, provenance, save
 from stillhouse import seeding
 from stillhouse.config import Config
 from stillhouse.envs import sinusoid
@@ -460,11 +460,13 @@ def jobs() -> dict[str, Callable[[int], dict[str, Any]]]:
 
 def settings_of(name: str) -> dict[str, Any]:
     """What a job's result is of, beside its seed."""
-    configs: dict[str, Config] = {
-        **ARMS,
-        **{f"learned optimiser, {kind}": config for kind, config in OPTIMISERS.items()},
-    }
-    return configs[name].model_dump(mode="json") if name in configs else {"updates": BUDGET}
+    if kind := name.partition("learned optimiser, ")[2]:
+        return {"config": OPTIMISERS[kind].model_dump(mode="json"), "steps": OPTIMISER_STEPS}
+    judged = {"tasks": TASKS, "shots": SHOTS, "steps": STEPS}
+    if name in ARMS:
+        return {"config": ARMS[name].model_dump(mode="json"), **judged}
+    family, network = FAMILY.model_dump(mode="json"), NETWORK.model_dump(mode="json")
+    return {"family": family, "network": network, "updates": BUDGET, "rates": RATES, **judged}
 
 
 def main() -> None:
@@ -488,21 +490,20 @@ def main() -> None:
     def path(name: str, seed: int) -> Path:
         return arguments.work / f"{''.join(each if each.isalnum() else '_' for each in name)}-{seed}.json"
 
-    for seed in arguments.seeds:
-        for name in arguments.only:
-            if not path(name, seed).is_file():
-                print(time.strftime("%H:%M:%S"), name, seed, flush=True)
-                text = json.dumps({**jobs()[name](seed), "settings": settings_of(name)})
-                path(name, seed).write_text(text)
-
-    def kept(name: str, seed: int) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(path(name, seed).read_text())
-        if found.get("settings") != settings_of(name):
-            raise SystemExit(f"{path(name, seed)} is of other settings; remove it")
+    def result(name: str, seed: int) -> dict[str, Any]:
+        found: dict[str, Any] = kept(path(name, seed), settings_of(name), lambda: jobs()[name](seed))
         return found
 
+    for name in jobs():  # before hours are spent on others
+        for seed in arguments.seeds:
+            if path(name, seed).is_file():
+                result(name, seed)
+    for seed in arguments.seeds:
+        for name in arguments.only:
+            print(time.strftime("%H:%M:%S"), name, seed, flush=True)
+            result(name, seed)
     done = {
-        name: [kept(name, seed) for seed in arguments.seeds]
+        name: [result(name, seed) for seed in arguments.seeds]
         for name in jobs()
         if all(path(name, seed).is_file() for seed in arguments.seeds)
     }

@@ -61,8 +61,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="stillhouse",
         description=(
             "Distil and transfer reinforcement-learning agents. Every command acts on the checkout that it\n"
-            "is installed from, wherever it is called; what a run in a worktree has recorded is asked for by\n"
-            "the name of its experiment (`--rev`)."
+            "is called in, and in a run's worktree on the checkout around it: what such a run has recorded is\n"
+            "asked for by the name of its experiment (`--rev`)."
         ),
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -70,7 +70,7 @@ def transfer_rows(results: dict[str, Any]) -> list[list[str]]:
 
 
 def meta_rows(results: dict[str, Any]) -> list[list[str]]:
-    """Meta-learner, arm, measure, and its value on unseen tasks before and after all adaptation."""
+    """Meta-learner, arm, measure, and its value on tasks for testing before and after all adaptation."""
     table = []
     for name, found in results.get("meta", {}).items():  # an older revision's have none
         for arm, values in found["arms"].items():

@@ -32,10 +32,11 @@ from tasks.supervisor import Supervised
 
 PRIVATE = Path(".stillhouse/service")
 POOL = "stillhouse"
-START_SECONDS = 120.0
+START_SECONDS = 300.0
 STOP_SECONDS = 30.0
-BUSY_SECONDS = 30.0
 DATABASE_SECONDS = 60  # a server with a SQLite waits for its lock this long before it says that it is busy
+ANSWER_SECONDS = DATABASE_SECONDS + 10.0
+BUSY_SECONDS = 2 * ANSWER_SECONDS
 AUTHENTICATION = "PREFECT_SERVER_API_AUTH_STRING"
 DATABASE = "PREFECT_SERVER_DATABASE_CONNECTION_URL"
 # A flow run that was killed says nothing any more; this long after its last word it is marked as crashed.
@@ -423,7 +424,7 @@ def ask(api: str, method: str, path: str, body: Any = None) -> Any:
     end = time.monotonic() + BUSY_SECONDS
     while True:
         try:
-            with opener.open(request, timeout=DATABASE_SECONDS + 10) as answer:
+            with opener.open(request, timeout=ANSWER_SECONDS) as answer:
                 content = answer.read()
             return json.loads(content) if content else None
         except urllib.error.HTTPError as error:

@@ -1,4 +1,4 @@
-"""Stage: adapt what was meta-learnt to unseen tasks of its family, and judge it after every step of adaptation."""
+"""Stage: adapt what was meta-learnt to tasks of its family that are for testing, and judge it after every step of adaptation."""
 
 from __future__ import annotations
 

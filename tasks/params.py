@@ -251,7 +251,7 @@ def initialises(learnt: Any) -> str:
 class MetaEvaluationParams(Config):
     """How meta-learners are judged."""
 
-    tasks: int = Field(default=100, ge=2, le=1_000_000, description="unseen tasks for each seed")
+    tasks: int = Field(default=100, ge=2, le=1_000_000, description="tasks for testing, for each seed")
     steps: int = Field(
         default=10, ge=1, le=100_000, description="of adaptation: updates, or episodes of a trial"
     )

@@ -127,7 +127,7 @@ def make_family(config: FamilyConfig) -> Family:
     """The family that is named.
 
     Raises:
-        StillhouseError: ranges that the family cannot take, or a simulator that is not installed.
+        StillhouseError: ranges, sides or a game that the family does not have, or a simulator that is not installed.
     """
     module, name = FAMILIES[config.name]
     options: dict[str, Any] = {} if config.horizon is None else {"horizon": config.horizon}
@@ -141,13 +141,13 @@ def make_family(config: FamilyConfig) -> Family:
         options["swapped"] = config.swapped
     elif config.swapped:
         raise StillhouseError(
-            f"family.swapped: {config.name} has no sides to swap; cartpole has; leave swapped out, or take the family cartpole"
+            f"family.swapped: {config.name} has no sides to swap; cartpole has; leave swapped out"
         )
     if module == "minatar_family":
         options["game"] = config.game
     elif config.game != "breakout":
         raise StillhouseError(
-            f"family.game: {config.game!r} was given, but {config.name} is no game of MinAtar; leave game out, or take the family minatar"
+            f"family.game: {config.game!r} was given, but {config.name} is no game of MinAtar; leave game out"
         )
     made: Family = getattr(importlib.import_module(f"stillhouse.envs.{module}"), name)(**options)
     return made
@@ -190,9 +190,9 @@ def check_ranges(
     for key, (low, high) in ranges.items():
         if key not in defaults:
             raise StillhouseError(f"family.ranges: {name} has no {key!r}; allowed are {', '.join(defaults)}")
-        if not 0 < low <= high:
+        if not 0.01 <= low <= high <= 1000:
             raise StillhouseError(
-                f"family.ranges.{key}: {low} to {high} was given; the least value must be above 0, and not above the largest"
+                f"family.ranges.{key}: {low:g} to {high:g} was given; values from 0.01 to 1000 are allowed, the least not above the largest"
             )
     found = {**defaults, **ranges}
     if all(low == high for low, high in found.values()):

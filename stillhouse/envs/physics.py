@@ -5,7 +5,7 @@ the speeds alone.
 
 The dynamics, rewards and ends are those of ``stillhouse/CartPole-v1`` and ``stillhouse/Acrobot-v1`` (:mod:`stillhouse.envs.variants`), which are
 Gymnasium's with the constants as options; here all copies of all tasks step together, in float64. A policy that is learnt
-here acts in those environments as it is. Episodes begin as Gymnasium's do.
+here acts in those environments as it is, unless sides are swapped. Episodes begin as Gymnasium's do.
 """
 
 from __future__ import annotations

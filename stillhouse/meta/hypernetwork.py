@@ -66,7 +66,7 @@ class CartPoleFamilyConfig(FamilyConfig):
     """The one family whose transitions a hypernetwork can read."""
 
     name: Literal["cartpole"] = Field(default="cartpole", description="the family of environments")
-    horizon: int | None = Field(default=500, ge=1, le=10_000, description="env steps of an episode")
+    horizon: int = Field(default=500, ge=1, le=10_000, description="env steps of an episode")
 
 
 class HypernetworkConfig(Config):

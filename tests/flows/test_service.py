@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -73,8 +74,10 @@ class Service:
         said = [self.logs()]
         spy = Path(sys.executable).parent / "py-spy"  # Ray brings it
         for process in self.processes("-m", "prefect", "server", "start") if spy.exists() else []:
-            dumped = subprocess.run([spy, "dump", "--pid", str(process)], capture_output=True, text=True)
-            said.append(dumped.stdout + dumped.stderr)
+            argv = [str(spy), "dump", "--nonblocking", "--pid", str(process)]
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                dumped = subprocess.run(argv, capture_output=True, text=True, timeout=30)
+                said.append(dumped.stdout + dumped.stderr)
         for waited in sorted(Path("/proc/pressure").glob("*")):
             said.append(f"{waited.name}: {waited.read_text()}")
         return "\n".join(said)
@@ -358,7 +361,7 @@ def test_server_and_worker_are_started_again(service: Service) -> None:
 
 
 def test_a_killed_run_is_marked(service: Service) -> None:
-    service.wait(killed[0], "Crashed", SILENT_SECONDS + 60)
+    service.wait(killed[0], "Crashed", SILENT_SECONDS + PATIENCE)
 
 
 def test_all_is_gone_when_the_keeper_is_killed_and_the_next_takes_over(tmp_path: Path) -> None:

@@ -109,6 +109,7 @@ def test_a_method_and_its_baselines_are_judged_after_every_step(run: Callable[..
     run("maml")
     found = json.loads(Path("data/adaptation/maml-s0.json").read_text())
     assert found["steps"] == [0, 1, 2] and found["tasks"] == 3 and found["measure"] == "mse"
+    assert found["unseen"]
     assert set(found["means"]) == {"maml", "untrained"}
     head, *rows = csv.reader(Path("data/adaptation/maml-s0.csv").read_text().splitlines())
     assert head == ["steps", "maml", "untrained"] and [row[0] for row in rows] == ["0", "1", "2"]
@@ -162,6 +163,11 @@ MOVED = "fine_tune:\n  long: {sources: [m.cartpole], modes: [WAY], learner: {alg
         (META + MOVED.replace("WAY", "full").replace("LEARNER", "pqn"), [], "full reads a dataset of 'cartpole'"),
         (META + MOVED.replace("WAY", "rehearsal").replace("LEARNER", "ppo"), [], "rehearsal reads a dataset of"),
         (META.replace("name: cartpole", "name: cartpole, ranges: {mass: [1, 2]}"), [], "meta_train.m.family.ranges: cartpole has no 'mass'"),
+        (
+            "seeds: [0]\nmeta_train:\n  m: {method: hypernetwork, family: {ranges: {mass: [1, 2]}}}\n",
+            [],
+            "meta_train.m.family.ranges: cartpole has no 'mass'",
+        ),
         (META, ["meta_train.m.method=distral"], "meta_train.m: Input tag 'distral'"),
         (META, ["meta_train.m.method=[maml]"], "meta_train.m: Input tag"),
         (

@@ -163,8 +163,12 @@ def test_a_copy_that_is_stepped_on_after_its_end_stays_finite() -> None:
             {"name": "cartpole", "ranges": {"colour": (1, 2)}},
             "cartpole has no 'colour'; allowed are pole_length",
         ),
-        ({"name": "cartpole", "ranges": {"gravity": (0, 2)}}, "must be above 0"),
-        ({"name": "acrobot", "ranges": {"mass_1": (2, 1)}}, "not above the largest"),
+        (
+            {"name": "cartpole", "ranges": {"gravity": (0, 2)}},
+            "0 to 2 was given; values from 0.01 to 1000 are allowed",
+        ),
+        ({"name": "acrobot", "ranges": {"mass_1": (2, 1)}}, "the least not above the largest"),
+        ({"name": "acrobot", "ranges": {"mass_1": (1, 1e300)}}, "1 to 1e+300 was given; values from 0.01"),
         (
             {"name": "acrobot", "ranges": {"mass_1": (1, 1), "mass_2": (1, 1), "length_1": (1, 1)}},
             "one member only",
