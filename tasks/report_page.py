@@ -609,9 +609,10 @@ def _adaptation_table(found: MetaSummary) -> str:
         f'<tr><th scope="row">{escape(arm)}</th>{"".join(_cell(values[i], strong=not row) for i in shown)}</tr>'
         for row, (arm, values) in enumerate(found.arms.items())
     ]
+    steps = [found.steps[i] for i in shown]
     better = "larger" if found.measure == "return" else "smaller"
     return _table(
-        ["After", *(f"{found.steps[i]} {found.unit}" for i in shown)],
+        ["After", *(f"{step} {found.unit.removesuffix('s' * (step == 1))}" for step in steps)],
         rows,
         f"{_MEASURES[found.measure]}, mean over the tasks; {better} is better. The first row is the method, the others are what it is "
         "compared with on the same tasks.",

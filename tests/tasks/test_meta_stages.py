@@ -332,6 +332,7 @@ def test_the_report_shows_the_method_first_and_the_mean_over_seeds() -> None:
     assert found["a_baseline"]["after_1"] == {"value": 6.0, "s0": 5.0, "s1": 7.0}
     page = render(results, summary)
     assert "Learning to learn" in page and "3 unseen tasks for each seed" in page and "6.00" in page
+    assert "0 updates" in page and "1 update<" in page
     for each in (run, other):
         each["adaptation"]["unseen"] = False  # type: ignore[index]
     page = render(results, summarise(results))
