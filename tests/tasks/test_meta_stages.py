@@ -204,12 +204,13 @@ def test_another_method_keeps_the_budget_and_a_family_that_both_know(
         load_suite("quickstart", ["distill_student.method=distral"])
 
 
-def test_a_family_of_two_is_judged_on_both(
-    run: Callable[..., dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("split", [False, True])
+def test_a_family_of_two_is_judged_on_both_and_says_whether_they_are_unseen(
+    split: bool, run: Callable[..., dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Family:
         name = "two"
-        splits = False
+        splits = split
 
         def members(self, split: str) -> int:
             return 2
@@ -234,7 +235,7 @@ def test_a_family_of_two_is_judged_on_both(
         monkeypatch.setattr(f"{module}.make_meta_learner", lambda *_: Two())
     run("maml")
     found = json.loads(Path("data/adaptation/maml-s0.json").read_text())
-    assert found["tasks"] == 2 and not found["unseen"]
+    assert found["tasks"] == 2 and found["unseen"] == split
 
 
 @pytest.mark.parametrize("method", METHODS)
